@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,17 +11,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxembed.config import MineConfig
+from jaxembed.config.fields import Fields
 from jaxembed.curation.mining import MiningOptions, MiningResult, check_rows_left, embed_pool, mine_negatives
 from jaxembed.curation.pool import MiningPool, TextIds, read_pool
 from jaxembed.curation.report import count_outcomes
 from jaxembed.data.batch import EncodeInputs, EncoderInput
+from jaxembed.data.containers import open_container
 from jaxembed.data.equality import normalize_text
 from jaxembed.data.jsonl import write_jsonl
-from jaxembed.data.sampling import EXAMPLE_FIELD
+from jaxembed.data.rows import IndexedRows
+from jaxembed.data.sampling import EXAMPLE_FIELD, MINED_SCHEMA, MinedPairSampler
 from jaxembed.data.sources import Source
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
-from jaxembed.files import atomic_write, cache_dir, compute_file_digest, write_json
+from jaxembed.files import atomic_write, cache_dir, compute_file_digest, read_json, write_json
+from jaxembed.formats.run_files import read_run_file
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.frozen_encoder import check_model_exists, encode_in_groups, open_frozen_encoder
 
@@ -133,7 +138,7 @@ def write_mined_rows(source: Source, config: MineConfig, miner: Miner, seed: int
         write_jsonl(partial, _build_rows(source, pool, result, seed))
         counts = count_outcomes(pool, result, config)
         write_json(
-            name_report(path),
+            _name_report(path),
             {"source": source.name, "digest": compute_file_digest(partial), "model": miner.identity, **counts},
         )
     num_mined = [mined.num_mined for mined in result.rows]
@@ -145,7 +150,18 @@ def write_mined_rows(source: Source, config: MineConfig, miner: Miner, seed: int
         )  # fmt: skip
 
 
-def name_report(path: Path) -> Path:
+def open_mined_pairs(source: Source, path: Path) -> Source:
+    """Return a source that draws from the pairs that were mined for it. Raise `UserError` if they changed since."""
+    rows = IndexedRows(open_container(str(path)), MINED_SCHEMA)
+    report = _name_report(path)
+    if report.exists():  # earlier versions wrote none
+        digest = Fields(read_run_file(read_json, report), str(report)).string("digest")
+        if digest != rows.digest:
+            raise UserError(f"{path}: changed since it was mined. Restore it, or name another run.dir.")
+    return dataclasses.replace(source, sampler=MinedPairSampler(rows, source.sampler.max_positives))
+
+
+def _name_report(path: Path) -> Path:
     """Return the path of the report of a file of mined pairs."""
     return path.with_suffix(".json")
 

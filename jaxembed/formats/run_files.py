@@ -21,6 +21,11 @@ def name_merged_adapters(run_dir: Path, stage: int) -> Path:
     return run_dir / "merged" / f"stage-{stage}"
 
 
+def name_mined_pairs(run_dir: Path, stage: int, source: int) -> Path:
+    """Return the path of the pairs that a run mined for a source of a stage, both given by their index."""
+    return run_dir / "mined" / f"stage-{stage}-source-{source}.jsonl"
+
+
 def read_run_file(read: Callable[[Path], T], path: Path, alternative: str = "name another run.dir") -> T:
     """Read a file that a run has written.
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from pathlib import Path
 
 import numpy as np
 
-from jaxembed.config import StageConfig
-from jaxembed.curation.remining import make_training_miner
+from jaxembed.config import MineConfig
+from jaxembed.curation.remining import make_training_miner, open_mined_pairs
 from jaxembed.data.batch import EncoderInput
-from jaxembed.data.containers import open_container
-from jaxembed.data.rows import IndexedRows
-from jaxembed.data.sampling import MINED_SCHEMA, MinedPairSampler
 from jaxembed.data.schema import Example
 from jaxembed.data.sources import Source, open_sources
 from jaxembed.errors import UserError
 from jaxembed.files import cache_dir, exists
+from jaxembed.formats.run_files import name_mined_pairs
 from jaxembed.hub.embedder import Embedder
 from jaxembed.reporting.held_out_views import (
     HARD_NEGATIVES,
@@ -44,20 +41,19 @@ def open_training_sources(run: RunFiles) -> list[Source]:
     index, stage = len(run.config.stages) - 1, run.config.stages[-1]
     try:
         sources = open_sources(stage.data, cache_dir())
-        sources = [_use_mined_pairs(source, stage, run.folder, f"stage-{index}-source-{i}") for i, source in enumerate(sources)]
+        sources = [
+            _use_mined_pairs(source, stage.mine, name_mined_pairs(run.folder, index, number))
+            for number, source in enumerate(sources)
+        ]
     except UserError as error:
         log.info("%s: the report has no similarities of training rows (%s)", run.name, str(error).removesuffix("."))
         return []
     return [source for source in sources if source.is_mineable][:MAX_SOURCES]
 
 
-def _use_mined_pairs(source: Source, stage: StageConfig, run_dir: Path, name: str) -> Source:
+def _use_mined_pairs(source: Source, mine: MineConfig | None, path: Path) -> Source:
     """Return a source with the pairs that were mined for it, if there are any."""
-    path = run_dir / "mined" / f"{name}.jsonl"
-    if stage.mine is None or not exists(path):
-        return source
-    rows = IndexedRows(open_container(str(path)), MINED_SCHEMA)
-    return dataclasses.replace(source, sampler=MinedPairSampler(rows, source.sampler.max_positives))
+    return open_mined_pairs(source, path) if mine is not None and exists(path) else source
 
 
 def view_training_source(source: Source, embedder: Embedder) -> SetView | None:

@@ -6,16 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxembed.config.fields import Fields
-from jaxembed.curation.remining import make_training_miner, name_report, open_miner, write_mined_rows
-from jaxembed.data.containers import open_container
-from jaxembed.data.rows import IndexedRows
-from jaxembed.data.sampling import MINED_SCHEMA, MinedPairSampler
-from jaxembed.data.sources import Source
+from jaxembed.curation.remining import make_training_miner, open_mined_pairs, open_miner, write_mined_rows
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
-from jaxembed.files import read_json
-from jaxembed.formats.run_files import read_run_file
+from jaxembed.formats.run_files import name_mined_pairs
 from jaxembed.hub.embedder import Embedder
 from jaxembed.training.stage import Stage
 
@@ -46,7 +40,7 @@ def add_mined_negatives(
     for number, source in enumerate(stage.sources):
         if not stage.mines(source):
             continue
-        path = run_dir / "mined" / f"stage-{stage.index}-source-{number}.jsonl"
+        path = name_mined_pairs(run_dir, stage.index, number)
         is_written = processes.broadcast_from_first(bytes([path.exists()]))[0]
         if not is_written and steps_done:
             raise UserError(f"{path}: is missing, but the run has trained on it. Restore it, or name another run.dir.")
@@ -56,20 +50,9 @@ def add_mined_negatives(
             miner = other_miner or make_training_miner(encoder_for(source.config.adapter))
             write_mined_rows(source, mine, miner, stage.config.train.seed, path, key_prefix)
             processes.barrier()
-        sources[number] = _open_mined_pairs(source, path)
+        sources[number] = open_mined_pairs(source, path)
     try:
         plan = stage.plan.with_sources(sources)
     except UserError as error:
         raise UserError(f"{error} {key_prefix}mine.consistency_top_k has dropped the others.") from None
     return dataclasses.replace(stage, plan=plan, batch_builder=stage.batch_builder.with_sources(sources))
-
-
-def _open_mined_pairs(source: Source, path: Path) -> Source:
-    """Return a source that draws from the pairs that were mined for it."""
-    rows = IndexedRows(open_container(str(path)), MINED_SCHEMA)
-    report = name_report(path)
-    if report.exists():  # earlier versions wrote none
-        digest = Fields(read_run_file(read_json, report), str(report)).string("digest")
-        if digest != rows.digest:
-            raise UserError(f"{path}: changed since it was mined. Restore it, or name another run.dir.")
-    return dataclasses.replace(source, sampler=MinedPairSampler(rows, source.sampler.max_positives))
