@@ -170,7 +170,7 @@ def plan_stage(config: Config, machine: str, index: int, folder: Path) -> dict[s
     import jax
 
     from jaxembed.devices.chips import CHIPS
-    from jaxembed.planning.plan import make_planning_mesh, plan
+    from jaxembed.planning.plan import make_planning_target, plan
     from jaxembed.runs.open import open_run
 
     if machine == "tpu":
@@ -179,18 +179,18 @@ def plan_stage(config: Config, machine: str, index: int, folder: Path) -> dict[s
     short = config.model_copy(update={"stages": tuple(
         stage.model_copy(update={"train": stage.train.model_copy(update={"steps": 1})}) for stage in config.stages
     )})  # fmt: skip
-    mesh, memory = make_planning_mesh(short.mesh, TPU_TOPOLOGY if machine == "tpu" else None)
-    memory = memory if machine == "tpu" else GPU_BYTES
-    kind = mesh.devices.flat[0].device_kind if machine == "tpu" else GPU_KIND
+    target = make_planning_target(short.mesh, TPU_TOPOLOGY if machine == "tpu" else None)
+    device_bytes = target.memory if machine == "tpu" else GPU_BYTES
+    kind = target.mesh.devices.flat[0].device_kind if machine == "tpu" else GPU_KIND
     peak = next(chip.peak_flops for chip in CHIPS if re.search(chip.device_kind, kind))
-    run = open_run(short, mesh)
+    run = open_run(short, target.mesh)
     with jax.default_device(None):
-        assignments = folder if machine == "tpu" else None
+        target = target._replace(memory=None, assignments=folder if machine == "tpu" else None)
         stages = run.stages[index : index + 1]
-        [report] = plan(short, mesh, None, run.model, stages, assignments, with_loss=False)["stages"]
+        [report] = plan(short, target, run.model, stages, with_loss=False)["stages"]
     step_s = report["flops_a_device"] / (UTILIZATION * peak)
     return {
-        "memory_bytes": report["memory"]["all"] - (report["memory"]["code"] or 0), "device_bytes": memory,
+        "memory_bytes": report["memory"]["all"] - (report["memory"]["code"] or 0), "device_bytes": device_bytes,
         "step_s": round(step_s, 4), "hours": round(step_s * steps / 3600, 2), "steps": steps, "flops": report["flops"],
         "trained": report["trained"], "rows": report["rows"], "row_length": report["row_length"],
     }  # fmt: skip

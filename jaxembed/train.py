@@ -76,12 +76,12 @@ def _plan_stages(
     """Plan some stages of a run."""
     if args.topology:
         skip_tpu_discovery()
-    from jaxembed.planning.plan import make_planning_mesh, plan
+    from jaxembed.planning.plan import make_planning_target, plan
     from jaxembed.runs.open import open_run
 
-    mesh, memory = make_planning_mesh(config.mesh, args.topology, args.slices or 1)
-    run = open_run(config, mesh)
-    return plan(config, mesh, memory, run.model, [run.stages[index] for index in indices], assignments)
+    target = make_planning_target(config.mesh, args.topology, args.slices or 1)._replace(assignments=assignments)
+    run = open_run(config, target.mesh)
+    return plan(config, target, run.model, [run.stages[index] for index in indices])
 
 
 def make_parser() -> cli.Parser:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -34,8 +34,22 @@ log = logging.getLogger("jaxembed")
 MAX_EXAMINED_BATCHES = 8  # per stage; the step is compiled for the largest one
 
 
-def make_planning_mesh(config: MeshConfig, topology: str | None = None, slices: int = 1) -> tuple[Mesh, int | None]:
-    """Return the mesh to plan for, and the memory of one of its devices in bytes, or None if that is unknown.
+class PlanningTarget(NamedTuple):
+    """What to plan for.
+
+    Attributes:
+        mesh: The devices, which need not exist here.
+        memory: Bytes of memory of a device, or None if that is unknown.
+        assignments: Folder of `write_assignments`, to stop before code is generated. None: generate it.
+    """
+
+    mesh: Mesh
+    memory: int | None
+    assignments: Path | None = None
+
+
+def make_planning_target(config: MeshConfig, topology: str | None = None, slices: int = 1) -> PlanningTarget:
+    """Return the devices to plan for, with their memory.
 
     Args:
         config: Sizes of the mesh.
@@ -43,31 +57,21 @@ def make_planning_mesh(config: MeshConfig, topology: str | None = None, slices: 
         slices: Number of such slices.
     """
     devices, memory = (None, _get_device_memory()) if topology is None else list_topology_devices(topology, slices)
-    return make_mesh(**dict(config), devices=devices), memory
+    return PlanningTarget(make_mesh(**dict(config), devices=devices), memory)
 
 
 def plan(
-    config: Config,
-    mesh: Mesh,
-    memory: int | None,
-    model: EmbeddingModel,
-    stages: Sequence[Stage],
-    assignments: Path | None = None,
-    *,
-    with_loss: bool = True,
+    config: Config, target: PlanningTarget, model: EmbeddingModel, stages: Sequence[Stage], *, with_loss: bool = True
 ) -> dict[str, Any]:
     """Compile the step of every stage for the largest of its first batches, and report what it needs. Nothing is written.
 
-    Negatives that a stage will mine are replaced by other texts of the source. It has seven parameters because a caller chooses
-    each of them.
+    Negatives that a stage will mine are replaced by other texts of the source.
 
     Args:
         config: Settings of the run.
-        mesh: The devices to plan for (`make_planning_mesh`).
-        memory: Bytes of memory of a device, or None if that is unknown.
+        target: The devices to plan for (`make_planning_target`).
         model: The model of the run.
         stages: The stages of the run, or some of them.
-        assignments: Folder of `write_assignments`, to stop before code is generated. None: generate it.
         with_loss: Whether to report on the loss alone too.
 
     Returns:
@@ -80,10 +84,11 @@ def plan(
     for stage in stages:
         host_batch, num_examined = _find_largest_batch(add_stand_in_negatives(stage))
         # The loss comes first: it is smaller, and its compiler may go on in a thread.
-        loss = _plan_loss(stage, model, host_batch.batch, mesh, assignments) if with_loss else None
-        report = _plan_step(stage, host_batch.batch, config, model, mesh, memory, assignments)
+        loss = _plan_loss(stage, model, host_batch.batch, target) if with_loss else None
+        report = _plan_step(stage, host_batch.batch, config, model, target)
         reports.append(report | {"batches_looked_at": num_examined, "loss": loss})
         _show_report(stage, reports[-1], len(config.stages))
+    mesh = target.mesh
     return {"devices": mesh.size, "device": mesh.devices.flat[0].device_kind, "mesh": dict(mesh.shape), "stages": reports}
 
 
@@ -93,16 +98,9 @@ def _get_device_memory() -> int | None:
     return stats.get("bytes_limit")
 
 
-def _plan_step(
-    stage: Stage,
-    batch: Batch,
-    config: Config,
-    model: EmbeddingModel,
-    mesh: Mesh,
-    memory: int | None,
-    assignments: Path | None,
-) -> dict[str, Any]:
-    """Compile the step of a stage for a batch, and return what it needs. It has seven parameters, those of `plan`."""
+def _plan_step(stage: Stage, batch: Batch, config: Config, model: EmbeddingModel, target: PlanningTarget) -> dict[str, Any]:
+    """Compile the step of a stage for a batch, and return what it needs."""
+    mesh, memory, assignments = target
     # Find the shapes of the state.
     objective_params = jax.eval_shape(partial(stage.init_objective_params, model), jax.random.key(0))
     state = compute_state_shapes(model, stage.make_optimizer(model), mesh, objective_params)
@@ -134,7 +132,7 @@ def _propose(
     return propose(sizes, mesh, memory)
 
 
-def _plan_loss(stage: Stage, model: EmbeddingModel, batch: Batch, mesh: Mesh, assignments: Path | None) -> dict[str, Any]:
+def _plan_loss(stage: Stage, model: EmbeddingModel, batch: Batch, target: PlanningTarget) -> dict[str, Any]:
     """Compile only the loss of vectors with its gradient, and return its memory and communication on a device.
 
     They are 0 where a stage only predicts tokens.
@@ -142,7 +140,7 @@ def _plan_loss(stage: Stage, model: EmbeddingModel, batch: Batch, mesh: Mesh, as
     if batch.texts is None:
         return {"temporaries": 0, "sent_bytes": 0}
     params = jax.eval_shape(partial(stage.init_objective_params, model), jax.random.key(0))
-    program = compile_loss(stage.objectives, params, model.width, batch, mesh, assignments)
+    program = compile_loss(stage.objectives, params, model.width, batch, target.mesh, target.assignments)
     sent_bytes = sum(c.count * c.sent_bytes for c in program.collectives.collectives)
     return {"temporaries": program.temporaries, "sent_bytes": sent_bytes}
 

@@ -24,7 +24,7 @@ from jaxembed.planning.assignment import Assignment, parse_assignment, run_in_ch
 from jaxembed.planning.collectives import find_collectives
 from jaxembed.planning.flops import count_matmul_flops
 from jaxembed.planning.mined import add_stand_in_negatives
-from jaxembed.planning.plan import _find_largest_batch, _make_out_of_memory_error, make_planning_mesh, plan
+from jaxembed.planning.plan import _find_largest_batch, _make_out_of_memory_error, make_planning_target, plan
 from jaxembed.planning.topology import list_topology_devices
 from jaxembed.runs.open import open_run
 
@@ -70,9 +70,9 @@ allocation 6: size 65536, color 1, preallocated-temp:
 
 def make_plan(config: Config) -> dict[str, Any]:
     """Plan a run for the devices here."""
-    mesh, memory = make_planning_mesh(config.mesh)
-    run = open_run(config, mesh)
-    return plan(config, mesh, memory, run.model, run.stages)
+    target = make_planning_target(config.mesh)
+    run = open_run(config, target.mesh)
+    return plan(config, target, run.model, run.stages)
 
 
 def test_collectives_in_loops_are_counted_as_often_as_they_run() -> None:
@@ -123,7 +123,7 @@ def test_a_plan_counts_the_negatives_that_a_stage_will_mine(tmp_path: Path) -> N
     """The pairs have one negative each. Mining finds at most two."""
     mine = json.dumps({"rule": "top_k", "negatives": 2})
     config = runs.make_config(runs.write_base_and_data(tmp_path), "run", "data.hard_negatives=3", f"mine={mine}", "mesh.data=1")
-    [stage] = open_run(config, make_planning_mesh(config.mesh)[0]).stages
+    [stage] = open_run(config, make_planning_target(config.mesh).mesh).stages
     planned = add_stand_in_negatives(stage)
     drawn = [[s.sources[0].draw(i, np.random.default_rng(i), 3) for i in range(8)] for s in (stage, planned)]
     assert [{len(example.negatives) for example in examples} for examples in drawn] == [{1}, {2}]
