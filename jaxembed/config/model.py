@@ -14,6 +14,7 @@ PoolingKind = Literal[
     "mean", "last", "first", "max", "weighted_mean", "latent_attention", "latent_attention_paper", "self_attention"
 ]
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FreezablePart = Literal["embedding"]
 AdapterName = Annotated[str, Field(pattern=r"^[\w-]+$", max_length=100)]
 MAX_LORA_RANK = 2**14
 
@@ -137,6 +138,11 @@ class ModelConfig(Section):
     lora: LoraConfig | None = Field(
         None, description="Train low-rank adapters and freeze the base. Default: train all parameters."
     )
+    frozen: tuple[FreezablePart, ...] = Field(
+        (),
+        description="Parameters that keep the values of the base, without gradient and optimizer state. embedding: the token "
+        "embedding, and with it a language-model head that is tied to it.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Dtype of the computation. Trained parameters are always float32."
     )
@@ -161,4 +167,10 @@ class ModelConfig(Section):
             raise ValueError("echo must contain {text} twice and end with it")
         if not is_example_template(self.example_template or ""):
             raise ValueError("example_template must contain {query} and {response}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_frozen(self) -> ModelConfig:
+        if self.frozen and self.lora is not None:
+            raise ValueError("frozen is set, but lora freezes the whole base already. Remove one of both.")
         return self

@@ -28,6 +28,11 @@ class OptimConfig(Section):
     )
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of kernels and embeddings. Norms and biases have none.")
     clip: float = Field(1.0, gt=0, description="Maximum global norm of the gradient.")
+    lazy_embedding: bool = Field(
+        False,
+        description="Update only the rows of the token embedding that the batch reads, as torch.optim.SparseAdam does. Other "
+        "rows keep their values and moments, without weight decay. Saves time and memory with a large vocabulary.",
+    )
     restart: bool = Field(
         True,
         description="Start the stage with a new optimizer and schedule. false: continue with those of the previous stage.",

@@ -102,6 +102,15 @@ class Config(StageSections, RunSections):
         return self
 
     @model_validator(mode="after")
+    def _check_lazy_embedding(self) -> Config:
+        freezing_key = "model.lora" if self.model.lora is not None else "model.frozen"
+        for i, stage in enumerate(self.stages):
+            if stage.optim.lazy_embedding and (self.model.lora is not None or "embedding" in self.model.frozen):
+                key = f"{self.get_key_prefix(i)}optim.lazy_embedding"
+                raise ValueError(f"{key} trains rows of the embedding, but {freezing_key} freezes it. Remove one of both.")
+        return self
+
+    @model_validator(mode="after")
     def _check_one_model_per_role(self) -> Config:
         for role in ("guide", "teacher"):
             names = list(dict.fromkeys(name for stage in self.stages for name in stage.list_models_with_role(role)))

@@ -32,6 +32,7 @@ TARGET_PROJECTIONS = {
 }  # fmt: skip
 ADAPTER_PARAMS = ("lora_a", "lora_b")
 FROZEN_PARTS = ("decoder", "head")  # parts of a model that come from the base and are frozen under adapters
+FREEZABLE_PATHS = {"embedding": ("decoder", "embedding")}  # parameters that can be frozen without adapters, by name
 ADAPTER_STATE = "adapters"  # key of the optimizer state that is separate for each adapter
 
 
@@ -69,15 +70,28 @@ def select_embedding_dtype(lora: LoraConfig | None) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16) if dtype == jnp.int8 else dtype
 
 
-def split_params(params: Any) -> tuple[Any, Any]:
+def has_adapter_params(params: Any) -> bool:
+    """Return whether a tree of parameters contains adapters."""
+    return any(path[-1] in ADAPTER_PARAMS for path in flatten_dict(params))
+
+
+def split_params(params: Any, frozen_names: Sequence[str] = ()) -> tuple[Any, Any]:
     """Split a tree of parameters into (trained, frozen).
 
-    Without adapters everything is trained. With adapters the transformer and the language-model head are frozen.
+    With adapters the transformer and the language-model head are frozen. Without adapters everything is trained, except for
+    the parameters that are named.
+
+    Args:
+        params: The parameters.
+        frozen_names: Names of FREEZABLE_PATHS. Adapters freeze these parameters in any case.
     """
     flat = flatten_dict(params)
-    if not any(path[-1] in ADAPTER_PARAMS for path in flat):
+    if has_adapter_params(params):
+        frozen = {path: x for path, x in flat.items() if path[0] in FROZEN_PARTS and path[-1] not in ADAPTER_PARAMS}
+    elif frozen_names:
+        frozen = {path: flat[path] for path in map(FREEZABLE_PATHS.__getitem__, frozen_names)}
+    else:
         return params, {}
-    frozen = {path: x for path, x in flat.items() if path[0] in FROZEN_PARTS and path[-1] not in ADAPTER_PARAMS}
     trained = {path: x for path, x in flat.items() if path not in frozen}
     return unflatten_dict(trained), unflatten_dict(frozen)
 

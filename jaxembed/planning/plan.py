@@ -103,12 +103,12 @@ def _plan_step(stage: Stage, batch: Batch, config: Config, model: EmbeddingModel
     mesh, memory, assignments = target
     # Find the shapes of the state.
     objective_params = jax.eval_shape(partial(stage.init_objective_params, model), jax.random.key(0))
-    state = compute_state_shapes(model, stage.make_optimizer(model), mesh, objective_params)
+    state = compute_state_shapes(model, stage.make_optimizer(model), mesh, objective_params, config.model.frozen)
     # Compile, and compare with the memory of a device.
     with jax.set_mesh(mesh):
         step = stage.make_train_step(model, state)
     rows, tokens = batch.row_shapes[0]
-    proposal = _propose(model, count_elements(state.weights), (rows, tokens), mesh, memory)
+    proposal = _propose(model, state, (rows, tokens), mesh, memory)
     try:
         program, _ = compile_step(step, state, compute_batch_shapes(mesh, batch), mesh, assignments)
     except OutOfMemoryError as error:
@@ -123,13 +123,13 @@ def _plan_step(stage: Stage, batch: Batch, config: Config, model: EmbeddingModel
 
 
 def _propose(
-    model: EmbeddingModel, parameters: int, tokens: tuple[int, int], mesh: Mesh, memory: int | None
+    model: EmbeddingModel, state: TrainState, tokens: tuple[int, int], mesh: Mesh, memory: int | None
 ) -> Proposal | None:
     """Return the proposed settings of a step; None if the memory of a device is unknown, or no settings fit."""
     if memory is None:
         return None
-    sizes = make_step_sizes(model.transformer, parameters, model.lora, model.compute.dtype, tokens)
-    return propose(sizes, mesh, memory)
+    sizes = make_step_sizes(model.transformer, count_elements(state.weights), model.lora, model.compute.dtype, tokens)
+    return propose(dataclasses.replace(sizes, frozen_parameters=count_elements(state.frozen)), mesh, memory)
 
 
 def _plan_loss(stage: Stage, model: EmbeddingModel, batch: Batch, target: PlanningTarget) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class StepSizes:
         itemsize: Bytes per element of the compute dtype.
         rows: Rows of a batch, over all devices.
         row_length: Tokens of a row.
+        frozen_parameters: Number of parameters that are not trained. With adapters, all are counted as such.
     """
 
     transformer: TransformerConfig
@@ -46,6 +47,7 @@ class StepSizes:
     itemsize: int
     rows: int
     row_length: int
+    frozen_parameters: int = 0
 
     @property
     def layer_weights(self) -> int:
@@ -162,12 +164,16 @@ def estimate_step(sizes: StepSizes, settings: Proposal, devices: int, chip: TpuC
     remote_share = (settings.fsdp - 1) / settings.fsdp  # of the parameters, which other devices hold
 
     # Memory: the state, the stored activations of a chunk or of all chunks, and one layer with its gradients and weights.
-    parameter_bytes = STATE_BYTES if sizes.lora is None else {"float32": 4, "bfloat16": 2, "int8": 1}[sizes.lora.base_dtype]
+    trained_parameters = sizes.parameters - sizes.frozen_parameters
+    if sizes.lora is None:
+        parameter_bytes = STATE_BYTES * trained_parameters + 4 * sizes.frozen_parameters
+    else:
+        parameter_bytes = {"float32": 4, "bfloat16": 2, "int8": 1}[sizes.lora.base_dtype] * sizes.parameters
     stored_tokens = chunk_tokens if settings.recompute else tokens
     activation_bytes = itemsize * _count_stored_elements(sizes, settings) * c.layers * stored_tokens
     outside_bytes = 0 if settings.recompute else OUTSIDE_LAYERS_BYTES * c.width * tokens
     layer_bytes = 2 * itemsize * sizes.layer_elements * chunk_tokens + (2 * itemsize + 4) * sizes.layer_weights
-    memory = parameter_bytes * sizes.parameters / settings.fsdp + activation_bytes + outside_bytes + layer_bytes
+    memory = parameter_bytes / settings.fsdp + activation_bytes + outside_bytes + layer_bytes
 
     # Passes over the weights: forward, once more for each recomputation, and backward for inputs and trained weights.
     recomputations = (chunks > 1 and settings.recompute) + (settings.remat and settings.policy != "matmuls")
@@ -180,7 +186,7 @@ def estimate_step(sizes: StepSizes, settings: Proposal, devices: int, chip: TpuC
     gathered_bytes = chunks * (forward + 1) * itemsize * weights * remote_share
     summed_bytes = 0.0 if sizes.lora is not None else chunks * 8 * weights * remote_share
     if sizes.lora is None and devices > settings.fsdp:
-        summed_bytes += 8 * sizes.parameters / settings.fsdp * (chunks if settings.fsdp > 1 else 1)
+        summed_bytes += 8 * trained_parameters / settings.fsdp * (chunks if settings.fsdp > 1 else 1)
     compute_seconds = flops / chip.peak_flops + traffic_bytes / chip.memory_bandwidth
     seconds = compute_seconds + (gathered_bytes + summed_bytes) / chip.link_bandwidth
     return dataclasses.replace(settings, memory=memory, seconds=seconds)

@@ -121,6 +121,10 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     make_logical_axis_table(mesh, base.transformer.axis_sizes)
     if config.model.lora is not None and not base.has_weights:
         raise UserError(f"model.lora: {base.name} has no weights to adapt. Name a base that has weights, or remove model.lora.")
+    if config.model.frozen and not base.has_weights:
+        raise UserError(
+            f"model.frozen: {base.name} has no weights to keep. Name a base that has weights, or remove model.frozen."
+        )
     check_targets_exist(config.model.lora, base.transformer)
     spec = _resolve_spec(config, base, None if lock is None else read_recorded_spec(Path(config.run.dir)))
     check_token_objectives(config, base, spec)

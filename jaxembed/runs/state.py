@@ -30,7 +30,7 @@ def make_initial_state(run: OpenedRun, stage_index: int = 0) -> TrainState:
     # Initialize the others at random.
     missing = {path: sharding for path, sharding in flatten_dict(shardings).items() if path not in params}
     params |= flatten_dict(init_params(run.model, key, unflatten_dict(missing)))
-    trained, frozen = split_params(unflatten_dict(params))
+    trained, frozen = split_params(unflatten_dict(params), run.config.model.frozen)
     # Several adapters: each starts from its own random key, stacked over the first axis.
     if count := len(run.model.adapters):
         stacked = flatten_dict(stack_shapes(split_params(attach_shardings(shapes, shardings))[0], count))

@@ -29,7 +29,7 @@ def check_token_objectives(config: Config, base: Base, spec: EmbeddingSpec) -> N
 
     Raises:
         UserError: The base is an encoder, or has no language-model head. Masked prediction has a causal mask. `kl_to_base` has
-            no frozen base. Or the adapters have names.
+            no frozen base. A tied head has an embedding that is updated lazily. Or the adapters have names.
     """
     for index, stage in enumerate(config.stages):
         for i, objective in stage.token_objectives.items():
@@ -43,6 +43,11 @@ def check_token_objectives(config: Config, base: Base, spec: EmbeddingSpec) -> N
                 raise UserError(
                     f"{where} needs a language-model head, but {base.name} has none (expected lm_head.weight among its "
                     "weights). Name a base that has one."
+                )
+            if stage.optim.lazy_embedding and base.transformer.tie_embeddings:
+                raise UserError(
+                    f"{where} trains every row of the embedding, which is also the language-model head of {base.name}, but "
+                    f"{config.get_key_prefix(index)}optim.lazy_embedding is true. Remove it."
                 )
             if isinstance(objective, MaskedPredictionConfig) and spec.attention == "causal":
                 raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.options import AsyncOptions
 
@@ -16,6 +17,7 @@ from jaxembed.devices import processes
 from jaxembed.errors import UserError, summarize
 from jaxembed.files import write_json
 from jaxembed.formats.checkpoints import DIGESTS_FILE, CheckpointReader, compute_digests, read_digests
+from jaxembed.model.lora import has_adapter_params
 from jaxembed.training.step import OBJECTIVE_PARAMS, TrainState
 
 NO_SCORE = -1e9  # the score under which Orbax ranks a checkpoint that was not scored
@@ -97,7 +99,10 @@ class Checkpoints(CheckpointReader):
         )
         optimizer = restored["optimizer"]
         objective_params = {OBJECTIVE_PARAMS: optimizer.pop(OBJECTIVE_PARAMS)} if OBJECTIVE_PARAMS in optimizer else {}
-        return dataclasses.replace(like, params=restored["params"] | objective_params, **optimizer)
+        flat = flatten_dict(restored["params"])
+        frozen = {path: flat.pop(path, x) for path, x in flatten_dict(like.frozen).items()}  # a base under adapters is absent
+        params = unflatten_dict(flat) | objective_params
+        return dataclasses.replace(like, params=params, frozen=unflatten_dict(frozen), **optimizer)
 
     def _record_digests(self) -> None:
         """Record the digests of the checkpoint that all processes have just written, and drop those of removed ones."""
@@ -110,7 +115,8 @@ class Checkpoints(CheckpointReader):
 
     def _check_space(self, state: TrainState) -> None:
         """Raise OSError if the disk has no room for one more checkpoint."""
-        needed_bytes = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
+        params, optimizer = _split_items(state)
+        needed_bytes = sum(x.nbytes for x in jax.tree.leaves((params, optimizer["opt_state"])))
         free = shutil.disk_usage(self._folder).free
         if needed_bytes > free:
             raise OSError(f"it takes {needed_bytes / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB left")
@@ -123,9 +129,13 @@ class Checkpoints(CheckpointReader):
 
 
 def _split_items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a state into the items `params` and `optimizer` of a checkpoint."""
+    """Split a state into the items `params` and `optimizer` of a checkpoint.
+
+    `params` is the whole model with its frozen parameters, except for a base under adapters.
+    """
     objective_params = {OBJECTIVE_PARAMS: state.params[OBJECTIVE_PARAMS]} if OBJECTIVE_PARAMS in state.params else {}
-    params = {name: part for name, part in state.params.items() if name not in objective_params}
+    trained = {name: part for name, part in state.params.items() if name not in objective_params}
+    params = trained if has_adapter_params(trained) else state.weights
     return params, {"opt_state": state.opt_state, "step": state.step, "key": state.key, **objective_params}
 
 

@@ -101,6 +101,7 @@ class Stage:
             self.make_optimizer(model),
             self.schedule,
             skip_nonfinite=self.config.train.on_nan == "skip",
+            lazy_embedding=self.config.optim.lazy_embedding,
             chunk_rows=self.config.gradcache.rows,
             recompute=self.config.gradcache.recompute,
             shardings=jax.tree.map(lambda x: x.sharding, state),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -49,7 +50,11 @@ def begin_stage(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Me
 
 
 def compute_state_shapes(
-    model: EmbeddingModel, optimizer: optax.GradientTransformation, mesh: Mesh, objective_params: Any = None
+    model: EmbeddingModel,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    objective_params: Any = None,
+    frozen_names: Sequence[str] = (),
 ) -> TrainState:
     """Return the shapes, with shardings, of the state that a stage starts from. No memory is needed.
 
@@ -58,13 +63,14 @@ def compute_state_shapes(
         optimizer: The optimizer of the stage.
         mesh: The device mesh.
         objective_params: Shapes of the parameters of the stage's objectives.
+        frozen_names: Names of the parameters that are not trained, `model.frozen`.
     """
     replicated, adapter_count = make_replicated_sharding(mesh), len(model.adapters)
 
     def replicate_shapes(shapes: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), shapes)
 
-    trained, frozen = split_params(attach_shardings(*compute_shapes_and_shardings(model, mesh)))
+    trained, frozen = split_params(attach_shardings(*compute_shapes_and_shardings(model, mesh)), frozen_names)
     if objective_params:
         trained |= {OBJECTIVE_PARAMS: replicate_shapes(objective_params)}
     opt_state = _compute_optimizer_shapes(optimizer, trained, adapter_count, mesh)

@@ -20,6 +20,7 @@ from jaxembed.losses.token_prediction import average_over_groups, kl_divergence,
 from jaxembed.model.embedder import EmbeddingModel, get_head_table
 from jaxembed.model.lora import join_params, pick_adapter, put_adapter, zero_adapters
 from jaxembed.model.masks import MASKS
+from jaxembed.training.embedding_rows import list_embedding_rows, pick_rows, put_rows, select_rows
 from jaxembed.training.gradcache import encode, encode_tokens
 from jaxembed.training.optim import count_updates
 
@@ -40,7 +41,8 @@ class TrainState:
         opt_state: State of the optax optimizer.
         step: Number of completed steps, int32.
         key: Random key of the run.
-        frozen: Parameters that are not trained: those of a base under adapters. They are not part of checkpoints.
+        frozen: Parameters that are not trained: those of a base under adapters, which are not part of checkpoints, or those
+            of `model.frozen`, which are.
     """
 
     params: Any
@@ -119,11 +121,12 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     skip_nonfinite: bool = False,
+    lazy_embedding: bool = False,
     chunk_rows: int | None = None,
     recompute: bool = True,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Build the compiled train step. It takes eight parameters because a stage may choose each of them.
+    """Build the compiled train step. It takes nine parameters because a stage may choose each of them.
 
     Adapters that a batch does not train keep their parameters and moments.
 
@@ -134,6 +137,7 @@ def make_train_step(
         schedule: The learning rate of `optimizer`, for the metrics.
         skip_nonfinite: If the loss or the gradient is not finite, leave parameters and optimizer as they are. The step counts,
             but the schedule does not advance.
+        lazy_embedding: Update only the rows of the token embedding that the batch reads.
         chunk_rows: Rows that each device encodes at a time (gradient caching); None for all.
         recompute: Whether chunks are encoded again in the backward pass.
         shardings: Shardings of the state, which the step keeps. Default: XLA's choice.
@@ -143,14 +147,19 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        # Select the adapter of this batch, if there are several.
-        params, opt_state = before = pick_adapter((state.params, state.opt_state), batch.adapter)
+        # Select what the batch trains: one of several adapters, or some rows of the embedding.
+        selected = pick_adapter((state.params, state.opt_state), batch.adapter)
+        rows, step_model, step_batch = None, model, batch
+        if lazy_embedding:
+            rows = list_embedding_rows(model, batch)
+            step_model, step_batch = select_rows(model, batch, rows)
+        params, opt_state = before = pick_rows(selected, rows)
 
         # Compute the loss and the gradients of the trained parameters.
         def compute_loss(params: Any) -> tuple[jax.Array, Metrics]:
             key = jax.random.fold_in(state.key, state.step)
             all_params = join_params(params, state.frozen)
-            return compute_batch_loss(model, objectives, all_params, batch, key, chunk_rows, recompute=recompute)
+            return compute_batch_loss(step_model, objectives, all_params, step_batch, key, chunk_rows, recompute=recompute)
 
         (loss, parts), grads = jax.value_and_grad(compute_loss, has_aux=True)(params)
         with jax.named_scope("optimizer"):
@@ -165,7 +174,9 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             after = jax.lax.cond(is_finite, update, lambda: before) if skip_nonfinite else update()
 
-        # Put the adapter back into the stack.
+        # Put the rows back into the embedding, and the adapter into the stack.
+        with jax.named_scope("optimizer"):
+            after = put_rows(selected, rows, after)
         new_params, new_opt_state = put_adapter((state.params, state.opt_state), batch.adapter, after)
         rate = schedule(count_updates(state.opt_state))
         metrics = {"loss": loss, **parts, "grad_norm": grad_norm, "learning_rate": jnp.asarray(rate)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,3 +78,11 @@ def test_a_small_batch_needs_no_chunks() -> None:
     proposal = propose(sizes, make_slice("v5p", 4), 95 << 30)
     assert proposal is not None and proposal.rows is None
     assert "gradcache.rows=null" in proposal.describe() and "recompute" not in proposal.describe()
+
+
+def test_a_frozen_parameter_takes_4_bytes_and_a_trained_one_28() -> None:
+    sizes, frozen = make_step("qwen2-0.5b"), 100_000_000
+    settings, chip = Proposal(1, 8, True, True, "nothing"), TPU_CHIPS["v5e"]
+    steps = (estimate_step(dataclasses.replace(sizes, frozen_parameters=n), settings, 1, chip) for n in (0, frozen))
+    all_trained, some_frozen = (step.memory for step in steps)
+    assert all_trained - some_frozen == (28 - 4) * frozen
