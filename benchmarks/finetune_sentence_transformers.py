@@ -108,6 +108,11 @@ class StepLog(TrainerCallback):
         print(json.dumps(line), file=sys.stderr, flush=True)
 
 
+def freeze_embedding(model: SentenceTransformer) -> None:
+    """Stop training the token embedding of a model."""
+    model[0].auto_model.get_input_embeddings().requires_grad_(False)
+
+
 def train(model: SentenceTransformer, pairs: Dataset, opts: argparse.Namespace) -> dict:
     """Train `model` in place. Return the seconds and tokens of a step, and the loss of each step."""
     log, tokens = StepLog(), TokenCounter(model[0])
@@ -165,6 +170,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--mini-batch-size", type=int, default=0, help="texts encoded at a time, with gradient caching (default: 0, all)"
     )
+    parser.add_argument("--frozen-embedding", action="store_true", help="do not train the token embedding")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     return parser.parse_args()
 
@@ -174,6 +180,8 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(opts.seed)
     model = build_model(opts.base, opts.max_length)
+    if opts.frozen_embedding:
+        freeze_embedding(model)
     results: dict[str, Any] = {"steps": opts.steps, "batch_size": opts.batch_size, "max_length": opts.max_length}
     if opts.steps:
         results |= train(model, read_pairs(opts.data), opts)

@@ -12,6 +12,9 @@ temperature 0.05 with in-batch negatives, AdamW; decoders get causal attention a
 `--backend-packages FOLDER` also encodes with the ONNX and OpenVINO backends of sentence-transformers, in float32. FOLDER has
 the packages that these backends need: pip install --target FOLDER "sentence-transformers[onnx,openvino]" datasets.
 
+`--embeddings frozen lazy` also trains both sides with a frozen token embedding (`model.frozen`), and jaxembed with lazy updates
+of it (`optim.lazy_embedding`).
+
 Token counts exclude padding. Training speed is the sum of tokens over the sum of seconds, of all steps that compile nothing.
 It is not a median, because sentence-transformers pads each batch to its longest text: one batch can take twice as long as
 another, and a median would ignore the long ones. Memory is the peak of the process.
@@ -42,6 +45,11 @@ from jaxembed.search.nearest import search
 from jaxembed.training.metrics import read_metrics
 
 SIDES = ("sentence-transformers", "jaxembed")
+EMBEDDINGS = {  # how the token embedding can be trained: overrides of jaxembed
+    "dense": [],
+    "frozen": ["model.frozen=[embedding]"],
+    "lazy": ["optim.lazy_embedding=true"],
+}
 BACKENDS = {  # of sentence-transformers, and their options for float32
     "onnx": {"provider": "CPUExecutionProvider"},
     "openvino": {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}},
@@ -55,10 +63,18 @@ def make_model_section(base: str) -> dict[str, Any]:
     return {"base": base, "attention": "causal", "pooling": {"kind": "mean"}, "append_eos": False}
 
 
-def train_sentence_transformers(args: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
-    """Train with sentence-transformers. Return seconds, tokens per second, memory in GiB, and the share of padding."""
+def train_sentence_transformers(args: argparse.Namespace, seed: int, out: Path, embedding: str) -> dict[str, Any]:
+    """Train with sentence-transformers. Return seconds, tokens per second, memory in GiB, and the share of padding.
+
+    Args:
+        args: Options of this script.
+        seed: Seed of the run.
+        out: Folder of the model.
+        embedding: How the token embedding is trained: dense or frozen.
+    """
     script = [str(BENCHMARKS / "finetune_sentence_transformers.py"), args.base, str(args.data), str(out)]
     options = [f"--steps={args.steps}", f"--batch-size={args.batch_size}", f"--seed={seed}", "--warmup-steps=2"]
+    options += ["--frozen-embedding"] if embedding == "frozen" else []
     result, memory = run_script([*script, *options, f"--learning-rate={args.learning_rate}"])
     return {
         "step_seconds": result["seconds_per_step"],
@@ -69,14 +85,14 @@ def train_sentence_transformers(args: argparse.Namespace, seed: int, out: Path) 
     }
 
 
-def train_jaxembed(args: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
-    """Train with jaxembed and return the same measurements."""
+def train_jaxembed(args: argparse.Namespace, seed: int, out: Path, embedding: str) -> dict[str, Any]:
+    """Train with jaxembed and return the same measurements. `embedding` is a key of EMBEDDINGS."""
     config = str(BENCHMARKS.parent / "configs" / "ag_news.yaml")
     overrides = [
         f"model={json.dumps(make_model_section(args.base))}",
         f"data.sources.0.path={args.data}", f"run.dir={out}", f"train.steps={args.steps}",
         f"train.batch_size={args.batch_size}", f"train.seed={seed}", f"optim.learning_rate={args.learning_rate}",
-        "optim.warmup_steps=2",
+        "optim.warmup_steps=2", *EMBEDDINGS[embedding],
     ]  # fmt: skip
     _, memory = run_script(["-m", "jaxembed.train", config, *overrides])
     all_rows = [row for row in read_metrics(out) if "loss" in row]
@@ -139,7 +155,8 @@ def encode_in_turns(models: dict[str, Path], args: argparse.Namespace) -> dict[s
 
     All sides take turns to encode.
     """
-    models = models | dict.fromkeys(BACKENDS if args.backend_packages else (), models["sentence-transformers"])
+    if args.backend_packages and "sentence-transformers" in models:
+        models = models | dict.fromkeys(BACKENDS, models["sentence-transformers"])
     with contextlib.ExitStack() as stack:
 
         def start(side: str) -> subprocess.Popen[str]:
@@ -174,6 +191,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="pairs per step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-5, help="(default: %(default)s)")
+    parser.add_argument(
+        "--embeddings", nargs="+", default=[], choices=["frozen", "lazy"], help="also train the token embedding in these ways"
+    )
     parser.add_argument("--out", type=Path, help="folder of the models (default: a temporary folder)")
     parser.add_argument("--rounds", type=int, default=5, help="times that each side encodes HELDOUT (default: %(default)s)")
     parser.add_argument("--backend-packages", metavar="FOLDER", type=Path, help="packages of the ONNX and OpenVINO backends")
@@ -191,13 +211,24 @@ def main() -> None:
     train = {"sentence-transformers": train_sentence_transformers, "jaxembed": train_jaxembed}
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in range(args.seeds):
-        models = {side: out / f"{side}-{seed}" for side in SIDES}
         order = SIDES if seed % 2 == 0 else SIDES[::-1]
-        trained = {side: train[side](args, seed, models[side]) for side in order}
-        for side, encoded in encode_in_turns(models, args).items():
-            results.setdefault(side, []).append(trained.get(side, {}) | encoded)
-            print(f"seed {seed}, {side}: {json.dumps(results[side][-1])}", file=sys.stderr, flush=True)
+        for embedding in ("dense", *args.embeddings):
+            models = {side: out / f"{side}-{seed}-{embedding}" for side in order if side == "jaxembed" or embedding != "lazy"}
+            trained = {side: train[side](args, seed, model, embedding) for side, model in models.items()}
+            for side, encoded in encode_in_turns(models, args).items():
+                name = side if embedding == "dense" else f"{side}, {embedding} embedding"
+                results.setdefault(name, []).append(trained.get(side, {}) | encoded)
+                print(f"seed {seed}, {name}: {json.dumps(results[name][-1])}", file=sys.stderr, flush=True)
     print_report(results)
+
+
+def compute_ratios(theirs: dict[str, float], ours: dict[str, float]) -> dict[str, float]:
+    """Return the ratios of speeds and memory of `ours` to `theirs`."""
+    return {
+        "train_tokens_ratio": ours["tokens_per_second"] / theirs["tokens_per_second"],
+        "encode_tokens_ratio": ours["encode_tokens_per_second"] / theirs["encode_tokens_per_second"],
+        "memory_ratio": ours["memory"] / theirs["memory"],
+    }
 
 
 def print_report(results: dict[str, list[dict[str, Any]]]) -> None:
@@ -207,12 +238,10 @@ def print_report(results: dict[str, list[dict[str, Any]]]) -> None:
     print("| | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
     for side, values in median.items():
         print(f"| {side} | " + " | ".join(f"{values[name]:.4g}" if name in values else "" for name in names) + " |")
-    theirs, ours = (median[side] for side in SIDES)
-    ratios = {
-        "train_tokens_ratio": ours["tokens_per_second"] / theirs["tokens_per_second"],
-        "encode_tokens_ratio": ours["encode_tokens_per_second"] / theirs["encode_tokens_per_second"],
-        "memory_ratio": ours["memory"] / theirs["memory"],
-    }
+    ratios = compute_ratios(*(median[side] for side in SIDES))
+    ours = median["jaxembed"]
+    for name in median.keys() - {*SIDES, *BACKENDS}:
+        ratios |= {f"{name}, relative to jaxembed: {key}": value for key, value in compute_ratios(ours, median[name]).items()}
     for name in BACKENDS:
         if name in median:
             ratios[f"encode_{name}_ratio"] = ours["encode_tokens_per_second"] / median[name]["encode_tokens_per_second"]
