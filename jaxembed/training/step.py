@@ -126,7 +126,7 @@ def make_train_step(
     recompute: bool = True,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Build the compiled train step. It takes nine parameters because a stage may choose each of them.
+    """Build the compiled train step. It takes more than six parameters because a stage may choose each of them.
 
     Adapters that a batch does not train keep their parameters and moments.
 
