@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Measure where the time of a train step goes, and compare each part with the limit of the machine.
 
-    python benchmarks/limits.py BASE DATA.jsonl [--batch-size 64] [--max-length 256] [--rounds 5] [--dtypes]
+    python benchmarks/limits.py BASE DATA.jsonl [--batch-size 64] [--max-length 256] [--rounds 5] [--dtypes] [--embeddings]
 
 BASE is a decoder folder, DATA a JSONL file of pairs. The script builds one batch as training does (causal attention, mean
 pooling, InfoNCE, AdamW, float32). Then it runs the whole step and its parts in turn, each compiled on its own. The limit of
 a part is the longer of two times: its matmuls at the best rate of one large matmul, and its inputs and outputs moved once at
 the rate of adding two large arrays. Because the parts run separately, they do not show what XLA fuses in the whole step.
-With --dtypes it only runs the step and the forward pass, each in float32 and bfloat16.
+With --dtypes it only runs the step and the forward pass, each in float32 and bfloat16. With --embeddings it only runs
+what a step does with the token embedding (lookup, gradient and AdamW): dense, lazy (`optim.lazy_embedding`), and frozen
+(`model.frozen`).
 
 Prints token counts and rates of the machine, a Markdown table (seconds, fraction of the step, limit, fraction of the limit)
 and, on the last line, one JSON object.
@@ -48,6 +50,7 @@ from jaxembed.model.layers import RMSNorm, apply_rope, build_rope_table, compute
 from jaxembed.model.masks import MASKS, TokenInfo
 from jaxembed.model.matmul import sharded_matmul
 from jaxembed.model.transformer import ComputeOptions
+from jaxembed.training.embedding_rows import list_embedding_rows, pick_rows, put_rows, select_rows
 from jaxembed.training.optim import make_optimizer, make_schedule
 from jaxembed.training.step import TrainState, make_train_step
 
@@ -83,6 +86,7 @@ def main() -> None:
     parser.add_argument(
         "--dtypes", action="store_true", help="only compare the step and the forward pass in float32 and bfloat16"
     )
+    parser.add_argument("--embeddings", action="store_true", help="only compare ways to train the token embedding")
     args = parser.parse_args()
     config = build_config(args)
     cli.set_up_jax()
@@ -101,6 +105,8 @@ def main() -> None:
     parts: dict[str, Part] = {LARGEST_MATMUL: build_largest_matmul(embedder, batch), ADDITION: build_addition()}
     if args.dtypes:
         parts |= build_dtypes(config, embedder, batch)
+    elif args.embeddings:
+        parts |= build_embedding_updates(config, embedder, batch)
     else:
         parts |= {
             "batch on the host": Part(lambda: build_batch(1, np.asarray(plan[1]))),
@@ -299,6 +305,45 @@ def build_dtypes(config: Config, embedder: Embedder, batch: Any) -> dict[str, Pa
         parts[WHOLE_STEP + suffix] = build_whole_step(config, model, embedder.params, batch)
         parts["forward pass" + suffix] = Part(functools.partial(encode, embedder.params))
     return parts
+
+
+def build_embedding_updates(config: Config, embedder: Embedder, batch: Any) -> dict[str, Part]:
+    """Build the lookup, the gradient and the AdamW update of the token embedding alone, dense, lazy and frozen.
+
+    They share one state, so that memory holds one table and its moments. The last part is the dense one, `WHOLE_STEP`, of which
+    the report gives fractions.
+    """
+    update, model = make_optimizer(config.optim, config.train.steps), embedder.model
+    params = {"decoder": {"embedding": jnp.copy(embedder.params["decoder"]["embedding"])}}
+    weight = draw_normal(batch.texts.tokens.size, model.transformer.width)
+    state = [params, update.init(params)]
+
+    def compute_loss(params: Any, texts: Any) -> jax.Array:
+        return jnp.vdot(params["decoder"]["embedding"][texts.tokens.reshape(-1)], weight)
+
+    def train(params: Any, opt_state: Any, batch: Any, is_lazy: bool) -> tuple[Any, Any, jax.Array]:
+        rows, step_batch = None, batch
+        if is_lazy:
+            rows = list_embedding_rows(model, batch)
+            _, step_batch = select_rows(model, batch, rows)
+        row_params, row_state = pick_rows((params, opt_state), rows)
+        loss, grads = jax.value_and_grad(compute_loss)(row_params, step_batch.texts)
+        updates, row_state = update.update(grads, row_state, row_params)
+        return *put_rows((params, opt_state), rows, (optax.apply_updates(row_params, updates), row_state)), loss
+
+    def make_part(is_lazy: bool) -> Part:
+        options = get_compiler_options()
+        jitted = jax.jit(train, donate_argnums=(0, 1), static_argnums=3, compiler_options=options)
+
+        def run() -> jax.Array:
+            *state[:], loss = jitted(*state, batch, is_lazy)
+            return jax.block_until_ready((*state, loss))[-1]
+
+        return Part(run)
+
+    look_up = jax.jit(compute_loss, compiler_options=get_compiler_options())
+    frozen = Part(lambda: look_up(state[0], batch.texts))
+    return {"embedding, lazy": make_part(is_lazy=True), "embedding, frozen": frozen, WHOLE_STEP: make_part(is_lazy=False)}
 
 
 def print_report(parts: dict[str, Part], seconds: dict[str, float], host_batch: Any) -> None:
