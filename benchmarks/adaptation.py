@@ -1,13 +1,14 @@
-"""Adapt a causal model before contrastive training, or add objectives to it, and compare with InfoNCE alone.
+"""Adapt a model before contrastive training, or add objectives, exits or quantization to it, and compare with InfoNCE alone.
 
 Usage: python benchmarks/adaptation.py BASE PAIRS HELDOUT OUT.jsonl [--steps N] [--seeds N] [--only NAME ...]
 
-BASE is the folder of a causal language model. PAIRS is a JSONL file of rows with query and pos, such as the train.jsonl that
-`python -m jaxembed.data packages` writes, and HELDOUT a BEIR folder of the same kind. The adaptations train on the texts of
-PAIRS, GRIT answers a query with its positive, and --teacher names the model whose vectors are matched. Every row ends with the
-same number of steps on pairs.
+BASE is the folder of a causal language model. An encoder can train the rows that predict no tokens (--only). PAIRS is a JSONL
+file of rows with query and pos, such as the train.jsonl that `python -m jaxembed.data packages` writes, and HELDOUT a BEIR
+folder of the same kind. The adaptations train on the texts of PAIRS, GRIT answers a query with its positive, and --teacher
+names the model whose vectors are matched. Every row ends with the same number of steps on pairs.
 Each finished run is one line of OUT.jsonl, and later commands with the same settings do not repeat it. Prints the nDCG@10 of
-HELDOUT, and the losses of the answers in the first and in the last steps, on texts that were not seen before.
+HELDOUT for the whole model, its first layers and quantized vectors, and the losses of the answers in the first and in the last
+steps, on texts that were not seen before.
 """
 
 from __future__ import annotations
@@ -21,21 +22,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from finished_runs import FinishedRuns, Scores
 from jsonl_rows import list_texts, read_rows
 from table_cells import format_mean
+from vector_versions import QUANTIZED, WHOLE, list_exits, name_exit, score_versions
 
 from jaxembed import Embedder, cli
 from jaxembed.config import EvalSetConfig, parse_config
 from jaxembed.data.jsonl import write_jsonl
-from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets, score_set
+from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets
 from jaxembed.files import cache_dir
 from jaxembed.runs.train import train
+from jaxembed.search.precision import RANGES_FILE, merge_ranges
 from jaxembed.training.metrics import read_metrics
 
 UNTRAINED = "untrained"
-RETRIEVAL, FIRST_ANSWERS, LAST_ANSWERS = "nDCG@10", "answers, first steps", "answers, last steps"
+FIRST_ANSWERS, LAST_ANSWERS = "answers, first steps", "answers, last steps"
 ANSWER_STEPS = 3  # steps whose losses of answers are averaged
+RANGE_TEXTS = 500  # texts of the pairs whose vectors give the ranges of int8
 INFONCE = {"name": "infonce", "temperature": 0.05}
 
 
@@ -52,8 +57,17 @@ def write_sources(folder: Path, pairs: Path) -> dict[str, str]:
     return {"pairs": str(pairs), **{name: str(path) for name, path in paths.items()}}
 
 
-def list_rows(paths: dict[str, str], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Return the stages of each row. `paths` are those of the sources."""
+def list_rows(
+    paths: dict[str, str], exits: list[int], ranges: Path, args: argparse.Namespace
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the stages of each row.
+
+    Args:
+        paths: Path of each source by name.
+        exits: Exits of the row that has fixed ones.
+        ranges: File of the ranges of int8.
+        args: The command line.
+    """
 
     def make_stage(objectives: list[dict[str, Any]], *sources: str, **train_keys: Any) -> dict[str, Any]:
         steps = args.steps if "pairs" in sources else args.adaptation_steps
@@ -76,6 +90,9 @@ def list_rows(paths: dict[str, str], args: argparse.Namespace) -> dict[str, list
         "GRIT: InfoNCE and answers": [make_stage([INFONCE, {"name": "causal_lm"}], "pairs", "chats")],
         "SimCSE, then InfoNCE": [simcse, contrastive],
         "masked diffusion, then InfoNCE": [make_stage([{"name": "mntp", **rates}], "texts"), contrastive],
+        "InfoNCE, fixed exits": [{**contrastive, "exits": {"layers": exits}}],
+        "InfoNCE, 2DMSE": [{**contrastive, "matryoshka": {"dims": [128]}, "exits": {"random": 1, "align": 0.3}}],
+        "InfoNCE, int8 and binary": [{**contrastive, "quantization": {"precisions": QUANTIZED, "ranges": str(ranges)}}],
         **(distilled if args.teacher else {}),
     }
 
@@ -85,37 +102,41 @@ def train_row(stages: list[dict[str, Any]], seed: int, run: Path, args: argparse
     first, *_ = stages
     tree: dict[str, Any] = {
         "run": {"dir": str(run)},
-        "model": {"base": args.base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False},
+        "model": {"base": args.base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False,
+                  "dtype": args.dtype},
         "data": {"max_length": args.max_length, **first["data"]},
         "optim": {"learning_rate": args.learning_rate, "warmup_steps": 3},
         "train": {"batch_size": args.batch_size, "seed": seed, "log_every": 1, "eval_every": 10**6, "checkpoint_every": 10**6},
         "eval": {"untrained": False},
         "mesh": {"data": 1},
         "stages": stages,
-    }
+    }  # fmt: skip
     train(parse_config(tree, "benchmark"))
 
 
-def score_model(model: str, held_out: HeldOutSet) -> Scores:
-    """Return the nDCG@10 of a model."""
-    return {RETRIEVAL: score_set(held_out, Embedder.load(model).encode).items.score}
+def load_untrained(args: argparse.Namespace) -> Embedder:
+    """Return BASE with the attention, the pooling and the maximum length of the runs."""
+    embedder = Embedder.load(args.base)
+    spec = embedder.spec.replace(attention="bidirectional", pooling="mean", max_length=args.max_length)
+    return embedder.with_spec(spec)
 
 
-def score_run(run: Path, held_out: HeldOutSet) -> Scores:
-    """Return the nDCG@10 of a run, and its losses of answers if it has any."""
-    scores = score_model(str(run), held_out)
+def score_run(run: Path, held_out: HeldOutSet, range_texts: list[str]) -> Scores:
+    """Return the nDCG@10 of the versions of a run, and its losses of answers if it has any."""
+    scores = score_versions(Embedder.load(run), held_out, range_texts)
     if losses := [row["causal_lm"] for row in read_metrics(run) if "causal_lm" in row]:
         scores[FIRST_ANSWERS] = statistics.mean(losses[:ANSWER_STEPS])
         scores[LAST_ANSWERS] = statistics.mean(losses[-ANSWER_STEPS:])
     return scores
 
 
-def print_table(names: list[str], finished: FinishedRuns) -> None:
+def print_table(names: list[str], exits: list[int], finished: FinishedRuns) -> None:
     """Print the table of finished runs."""
-    columns = (RETRIEVAL, FIRST_ANSWERS, LAST_ANSWERS)
+    columns = (WHOLE, *map(name_exit, exits), *QUANTIZED, FIRST_ANSWERS, LAST_ANSWERS)
     print(f"| trained with | seeds | {' | '.join(columns)} |\n|---|---{'|---' * len(columns)}|")
     for name in names:
-        runs = [run["scores"] for run in finished.read(row=name)]
+        if not (runs := [run["scores"] for run in finished.read(row=name)]):
+            continue
         cells = [format_mean(values, 4) if (values := [run[column] for run in runs if column in run]) else ""
                  for column in columns]  # fmt: skip
         print(f"| {name} | {len(runs)} | {' | '.join(cells)} |")
@@ -135,26 +156,30 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=128, help="maximum tokens of a text (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     args = parser.parse_args()
     cli.set_up_jax()
     logging.getLogger("jaxembed").setLevel(logging.WARNING)
+    folder = Path(tempfile.mkdtemp())
     [held_out] = open_held_out_sets([EvalSetConfig(name="heldout", path=args.heldout)], cache_dir())
-    rows = list_rows(write_sources(Path(tempfile.mkdtemp()), args.pairs), args)
+    untrained, range_texts = load_untrained(args), list_texts(read_rows(args.pairs))[:RANGE_TEXTS]
+    exits, ranges = list_exits(untrained), folder / RANGES_FILE
+    np.save(ranges, merge_ranges(None, untrained.encode(range_texts)))
+    rows = list_rows(write_sources(folder, args.pairs), exits, ranges, args)
     if unknown := set(args.only or []) - rows.keys():
         parser.error(f"--only: no such row {unknown.pop()!r} (expected: {', '.join(rows)})")
     ignored = ("out", "only", "seeds")
     finished = FinishedRuns(args.out, {name: value for name, value in vars(args).items() if name not in ignored})
-    finished.run_missing(lambda _: score_model(args.base, held_out), row=UNTRAINED, seed=0)
+    finished.run_missing(lambda _: score_versions(untrained, held_out, range_texts), row=UNTRAINED, seed=0)
 
     def measure(stages: list[dict[str, Any]], seed: int, run: Path) -> Scores:
         train_row(stages, seed, run, args)
-        return score_run(run, held_out)
+        return score_run(run, held_out, range_texts)
 
     for seed in range(args.seeds):
-        for name, stages in rows.items():
-            if not args.only or name in args.only:
-                finished.run_missing(functools.partial(measure, stages, seed), row=name, seed=seed)
-    print_table([UNTRAINED, *rows], finished)
+        for name in args.only or rows:
+            finished.run_missing(functools.partial(measure, rows[name], seed), row=name, seed=seed)
+    print_table([UNTRAINED, *rows], exits, finished)
 
 
 if __name__ == "__main__":

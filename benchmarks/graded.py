@@ -23,6 +23,7 @@ import numpy as np
 from finished_runs import FinishedRuns, Scores
 from jsonl_rows import read_rows
 from table_cells import format_mean
+from vector_versions import QUANTIZED, WHOLE, list_exits, name_exit, score_versions
 
 from jaxembed import Embedder, cli
 from jaxembed.config import Config, EvalSetConfig, parse_config
@@ -31,25 +32,13 @@ from jaxembed.config.stage import merge_trees
 from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets, score_set
 from jaxembed.files import cache_dir
 from jaxembed.runs.train import train
-from jaxembed.search.precision import RANGES_FILE, Precision, merge_ranges, simulate_quantization
+from jaxembed.search.precision import RANGES_FILE, merge_ranges
 
 LANGUAGES = ("en", "zh", "fr", "pl", "de")
-QUANTIZED: tuple[Precision, ...] = ("int8", "binary")
 RANGE_PAIRS = 250  # pairs of the training file whose vectors give the ranges of int8
 IN_BATCH = {"name": "infonce", "directions": list(typing.get_args(Direction)), "per_direction": True}
 COSENT = {"objectives": [{"name": "cosent"}]}
 UNTRAINED = "untrained"
-
-
-def list_exits(embedder: Embedder) -> list[int]:
-    """Return a third and two thirds of the layers of a model, without 0."""
-    layers = embedder.model.transformer.layers
-    return sorted({layers // 3, 2 * layers // 3} - {0})
-
-
-def name_exit(layers: int) -> str:
-    """Return the name of the score of the first layers."""
-    return f"{layers} layers"
 
 
 def list_rows(exits: list[int], ranges: Path) -> dict[str, dict[str, Any]]:
@@ -75,7 +64,8 @@ def make_config(base: str, changes: dict[str, Any], seed: int, out: Path, args: 
     """Return the config of a run without held-out sets."""
     tree: dict[str, Any] = {
         "run": {"dir": str(out)},
-        "model": {"base": base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False},
+        "model": {"base": base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False,
+                  "dtype": args.dtype},
         "data": {"max_length": 128, "sources": [{"path": str(args.stsb / "en" / "train.jsonl"), "name": "stsb"}]},
         "optim": {"learning_rate": args.learning_rate, "warmup_steps": args.steps // 5, "schedule": "cosine"},
         "train": {"steps": args.steps, "batch_size": args.batch_size, "seed": seed, "log_every": 50, "eval_every": args.steps,
@@ -108,24 +98,18 @@ def open_test_sets(folder: Path, args: argparse.Namespace) -> list[HeldOutSet]:
     return open_held_out_sets(sections, cache_dir())
 
 
-def measure_ranges(embedder: Embedder, args: argparse.Namespace) -> np.ndarray:
-    """Return the ranges of the vectors of the first training sentences, [2, W]."""
+def list_range_texts(args: argparse.Namespace) -> list[str]:
+    """Return the first training sentences, whose vectors give the ranges of int8."""
     rows = read_rows(args.stsb / "en" / "train.jsonl")[:RANGE_PAIRS]
-    return merge_ranges(None, embedder.encode([row[side] for row in rows for side in ("sentence1", "sentence2")]))
+    return [row[side] for row in rows for side in ("sentence1", "sentence2")]
 
 
 def score_model(model: str, sets: list[HeldOutSet], args: argparse.Namespace) -> Scores:
     """Return Spearman's correlation by language, and in English by exit and precision."""
     embedder, english = Embedder.load(model), sets[0]
     scores = {held_out.config.name: score_set(held_out, embedder.encode).items.score for held_out in sets[1:]}
-    vectors = [embedder.encode(texts.texts) for texts in english.inputs]
-    ranges = measure_ranges(embedder, args)
-    for precision in ("float32", *QUANTIZED):
-        sides = [simulate_quantization(side, precision, ranges) for side in vectors]
-        scores[english.config.name if precision == "float32" else precision] = english.score(sides).items.score
-    for layers in list_exits(embedder):
-        scores[name_exit(layers)] = score_set(english, embedder.keep_first_layers(layers).encode).items.score
-    return scores
+    scores |= score_versions(embedder, english, list_range_texts(args))
+    return {english.config.name: scores.pop(WHOLE), **scores}
 
 
 def print_tables(names: list[str], exits: list[int], finished: FinishedRuns) -> None:
@@ -150,6 +134,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="(default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: %(default)s)")
     parser.add_argument("--test-pairs", type=int, metavar="N", help="pairs of each test set to score (default: all)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     args = parser.parse_args()
     cli.set_up_jax()
     logging.getLogger("jaxembed").setLevel(logging.WARNING)
@@ -160,7 +145,7 @@ def main() -> None:
     finished = FinishedRuns(args.out, {name: value for name, value in vars(args).items() if name not in ignored})
     finished.run_missing(lambda _: score_model(base, sets, args), row=UNTRAINED, seed=0)
     embedder, ranges = Embedder.load(base), folder / RANGES_FILE
-    np.save(ranges, measure_ranges(embedder, args))
+    np.save(ranges, merge_ranges(None, embedder.encode(list_range_texts(args))))
     exits = list_exits(embedder)
     rows = list_rows(exits, ranges)
     if unknown := set(args.only or []) - rows.keys():
