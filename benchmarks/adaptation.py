@@ -7,8 +7,8 @@ file of rows with query and pos, such as the train.jsonl that `python -m jaxembe
 folder of the same kind. The adaptations train on the texts of PAIRS, GRIT answers a query with its positive, and --teacher
 names the model whose vectors are matched. Every row ends with the same number of steps on pairs.
 Each finished run is one line of OUT.jsonl, and later commands with the same settings do not repeat it. Prints the nDCG@10 of
-HELDOUT for the whole model, its first layers and quantized vectors, and the losses of the answers in the first and in the last
-steps, on texts that were not seen before.
+HELDOUT, and the losses of the answers in the first and in the last steps, on texts that were not seen before. With --versions,
+rows with exits and with quantized vectors are trained too, and every model is scored after its first layers and quantized.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vector_versions import QUANTIZED, WHOLE, list_exits, name_exit, score_versi
 from jaxembed import Embedder, cli
 from jaxembed.config import EvalSetConfig, parse_config
 from jaxembed.data.jsonl import write_jsonl
-from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets
+from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets, score_set
 from jaxembed.files import cache_dir
 from jaxembed.runs.train import train
 from jaxembed.search.precision import RANGES_FILE, merge_ranges
@@ -57,15 +57,12 @@ def write_sources(folder: Path, pairs: Path) -> dict[str, str]:
     return {"pairs": str(pairs), **{name: str(path) for name, path in paths.items()}}
 
 
-def list_rows(
-    paths: dict[str, str], exits: list[int], ranges: Path, args: argparse.Namespace
-) -> dict[str, list[dict[str, Any]]]:
+def list_rows(paths: dict[str, str], exits: list[int], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Return the stages of each row.
 
     Args:
-        paths: Path of each source by name.
+        paths: Path of each source by name, and of the ranges of int8.
         exits: Exits of the row that has fixed ones.
-        ranges: File of the ranges of int8.
         args: The command line.
     """
 
@@ -83,6 +80,11 @@ def list_rows(
         "embedding matching": [make_stage([matching], "pairs")],
         "InfoNCE and embedding matching": [make_stage([INFONCE, matching], "pairs")],
     }
+    versions = {
+        "InfoNCE, fixed exits": [{**contrastive, "exits": {"layers": exits}}],
+        "InfoNCE, 2DMSE": [{**contrastive, "matryoshka": {"dims": [128]}, "exits": {"random": 1, "align": 0.3}}],
+        "InfoNCE, int8 and binary": [{**contrastive, "quantization": {"precisions": QUANTIZED, "ranges": paths["ranges"]}}],
+    }
     return {
         "InfoNCE": [contrastive],
         "MNTP, then InfoNCE": [mntp, contrastive],
@@ -90,9 +92,7 @@ def list_rows(
         "GRIT: InfoNCE and answers": [make_stage([INFONCE, {"name": "causal_lm"}], "pairs", "chats")],
         "SimCSE, then InfoNCE": [simcse, contrastive],
         "masked diffusion, then InfoNCE": [make_stage([{"name": "mntp", **rates}], "texts"), contrastive],
-        "InfoNCE, fixed exits": [{**contrastive, "exits": {"layers": exits}}],
-        "InfoNCE, 2DMSE": [{**contrastive, "matryoshka": {"dims": [128]}, "exits": {"random": 1, "align": 0.3}}],
-        "InfoNCE, int8 and binary": [{**contrastive, "quantization": {"precisions": QUANTIZED, "ranges": str(ranges)}}],
+        **(versions if args.versions else {}),
         **(distilled if args.teacher else {}),
     }
 
@@ -121,9 +121,16 @@ def load_untrained(args: argparse.Namespace) -> Embedder:
     return embedder.with_spec(spec)
 
 
+def score_model(embedder: Embedder, held_out: HeldOutSet, range_texts: list[str]) -> Scores:
+    """Return the nDCG@10 of a model, and if there are texts for the ranges of int8, that of its versions."""
+    if range_texts:
+        return score_versions(embedder, held_out, range_texts)
+    return {WHOLE: score_set(held_out, embedder.encode).items.score}
+
+
 def score_run(run: Path, held_out: HeldOutSet, range_texts: list[str]) -> Scores:
-    """Return the nDCG@10 of the versions of a run, and its losses of answers if it has any."""
-    scores = score_versions(Embedder.load(run), held_out, range_texts)
+    """Return the scores of a run, and its losses of answers if it has any."""
+    scores = score_model(Embedder.load(run), held_out, range_texts)
     if losses := [row["causal_lm"] for row in read_metrics(run) if "causal_lm" in row]:
         scores[FIRST_ANSWERS] = statistics.mean(losses[:ANSWER_STEPS])
         scores[LAST_ANSWERS] = statistics.mean(losses[-ANSWER_STEPS:])
@@ -132,7 +139,9 @@ def score_run(run: Path, held_out: HeldOutSet, range_texts: list[str]) -> Scores
 
 def print_table(names: list[str], exits: list[int], finished: FinishedRuns) -> None:
     """Print the table of finished runs."""
-    columns = (WHOLE, *map(name_exit, exits), *QUANTIZED, FIRST_ANSWERS, LAST_ANSWERS)
+    runs = finished.read()
+    columns = [name for name in (WHOLE, *map(name_exit, exits), *QUANTIZED, FIRST_ANSWERS, LAST_ANSWERS)
+               if any(name in run["scores"] for run in runs)]  # fmt: skip
     print(f"| trained with | seeds | {' | '.join(columns)} |\n|---|---{'|---' * len(columns)}|")
     for name in names:
         if not (runs := [run["scores"] for run in finished.read(row=name)]):
@@ -149,6 +158,7 @@ def main() -> None:
     parser.add_argument("heldout", metavar="HELDOUT", help="BEIR folder to score")
     parser.add_argument("out", metavar="OUT.jsonl", type=Path, help="file of the finished runs")
     parser.add_argument("--teacher", metavar="MODEL", help="embedding model to match (default: no such rows)")
+    parser.add_argument("--versions", action="store_true", help="also train and score exits and quantized vectors")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="train only these rows")
     parser.add_argument("--steps", type=int, default=100, help="contrastive steps (default: %(default)s)")
     parser.add_argument("--adaptation-steps", type=int, default=100, help="steps of other stages (default: %(default)s)")
@@ -162,15 +172,17 @@ def main() -> None:
     logging.getLogger("jaxembed").setLevel(logging.WARNING)
     folder = Path(tempfile.mkdtemp())
     [held_out] = open_held_out_sets([EvalSetConfig(name="heldout", path=args.heldout)], cache_dir())
-    untrained, range_texts = load_untrained(args), list_texts(read_rows(args.pairs))[:RANGE_TEXTS]
-    exits, ranges = list_exits(untrained), folder / RANGES_FILE
-    np.save(ranges, merge_ranges(None, untrained.encode(range_texts)))
-    rows = list_rows(write_sources(folder, args.pairs), exits, ranges, args)
+    untrained = load_untrained(args)
+    range_texts = list_texts(read_rows(args.pairs))[:RANGE_TEXTS] if args.versions else []
+    if range_texts:
+        np.save(folder / RANGES_FILE, merge_ranges(None, untrained.encode(range_texts)))
+    exits, paths = list_exits(untrained), {**write_sources(folder, args.pairs), "ranges": str(folder / RANGES_FILE)}
+    rows = list_rows(paths, exits, args)
     if unknown := set(args.only or []) - rows.keys():
         parser.error(f"--only: no such row {unknown.pop()!r} (expected: {', '.join(rows)})")
     ignored = ("out", "only", "seeds")
     finished = FinishedRuns(args.out, {name: value for name, value in vars(args).items() if name not in ignored})
-    finished.run_missing(lambda _: score_versions(untrained, held_out, range_texts), row=UNTRAINED, seed=0)
+    finished.run_missing(lambda _: score_model(untrained, held_out, range_texts), row=UNTRAINED, seed=0)
 
     def measure(stages: list[dict[str, Any]], seed: int, run: Path) -> Scores:
         train_row(stages, seed, run, args)

@@ -101,13 +101,15 @@ def test_every_row_of_the_objectives_is_a_valid_config(
     graded, adaptation = map(importlib.import_module, ("graded", "adaptation"))
     base, data, miner, _ = arguments
     shared = {"base": base, "steps": 10, "batch_size": 2, "learning_rate": 1e-4}
-    args = Namespace(**shared, stsb=Path(data) / "stsb", adaptation_steps=5, teacher=miner, max_length=32, dtype="bfloat16")
+    args = Namespace(
+        **shared, stsb=Path(data) / "stsb", adaptation_steps=5, teacher=miner, max_length=32, dtype="bfloat16", versions=True
+    )
     rows = graded.list_rows([1], Path("ranges.npy"))
     assert len({graded.make_config(base, changes, 0, Path("run"), args).dump() for changes in rows.values()}) == len(rows)
     trained: list[Any] = []
     monkeypatch.setattr(adaptation, "train", trained.append)
-    paths = {name: str(Path(data) / "ag_news" / "pairs_train.jsonl") for name in ("pairs", "texts", "chats")}
-    for stages in adaptation.list_rows(paths, [1], Path("ranges.npy"), args).values():
+    paths = {name: str(Path(data) / "ag_news" / "pairs_train.jsonl") for name in ("pairs", "texts", "chats", "ranges")}
+    for stages in adaptation.list_rows(paths, [1], args).values():
         adaptation.train_row(stages, 0, Path("run"), args)
     assert len({run.dump() for run in trained}) == 11
 

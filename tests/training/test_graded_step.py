@@ -20,6 +20,7 @@ from jaxembed.config import (
     ExitsConfig,
     InfoNCEConfig,
     LoraConfig,
+    MatryoshkaConfig,
     QuantizationConfig,
 )
 from jaxembed.data.batch import Batch
@@ -30,6 +31,7 @@ from jaxembed.losses.objectives import Objectives
 from jaxembed.model.lora import join_params, split_params
 from jaxembed.training.step import compute_batch_loss
 
+VERSIONS = ("", "_8", "_int8", "_binary")  # of the vectors, in the names of losses
 UAE = Objectives(
     [
         CoSENTConfig(temperature=0.2),
@@ -46,21 +48,31 @@ def add_scores(batch: Batch) -> Batch:
 
 
 def test_loss_and_gradients_of_adapters_on_eight_devices_in_chunks(base_folder: Callable[[str], Path], source: Source) -> None:
+    """At two widths and in two precisions too. In float64, so that rounding to integers gives the same on every mesh."""
+    ranges = ((-0.3,) * 32, (0.3,) * 32)  # some values are clipped
+    quantization = QuantizationConfig(precisions=("int8", "binary"), weights=(0.5, 2.0))
+    objectives = dataclasses.replace(UAE, matryoshka=MatryoshkaConfig(dims=(8,)), quantization=quantization, ranges=ranges)
     results = []
-    for devices, chunk_rows in ((1, None), (8, 1)):
-        model, params = load_model(base_folder("qwen2"), SPEC, devices, LoraConfig(rank=4, alpha=8.0), unroll=False)
-        trained, frozen = split_params(params)
-        trained = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), trained)
-        mesh = make_mesh(devices)
-        with jax.set_mesh(mesh):
-            batch = put_batch(mesh, add_scores(build_host_batches(source, devices, 1, row_length=32)[0].batch))
+    with jax.enable_x64(True):
+        for devices, chunk_rows in ((1, None), (8, 1)):
+            keys = {"lora": LoraConfig(rank=4, alpha=8.0), "unroll": False, "dtype": jnp.float64}
+            model, params = load_model(base_folder("qwen2"), SPEC, devices, **keys)
+            trained, frozen = split_params(jax.tree.map(lambda x: jax.device_put(np.float64(x), x.sharding), params))
+            trained = jax.tree.map(lambda x: x + 0.02 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), trained)
+            mesh = make_mesh(devices)
+            with jax.set_mesh(mesh):
+                batch = put_batch(mesh, add_scores(build_host_batches(source, devices, 1, row_length=32)[0].batch))
 
-            def loss(trained, frozen, batch, model=model, chunk_rows=chunk_rows):
-                return compute_batch_loss(model, UAE, join_params(trained, frozen), batch, jax.random.key(3), chunk_rows)[0]
+                def loss(trained, frozen, batch, model=model, chunk_rows=chunk_rows):
+                    params = join_params(trained, frozen)
+                    return compute_batch_loss(model, objectives, params, batch, jax.random.key(3), chunk_rows)
 
-            results.append(jax.device_get(jax.jit(jax.value_and_grad(loss))(trained, frozen, batch)))
-    (loss, grads), (sharded_loss, sharded_grads) = results
-    assert float(loss) == pytest.approx(float(sharded_loss), rel=1e-5) and loss > 1
+                compute = jax.jit(jax.value_and_grad(loss, has_aux=True))
+                results.append(jax.device_get(compute(trained, frozen, batch)))
+    ((_, parts), grads), ((_, sharded_parts), sharded_grads) = results
+    assert len({float(parts[f"{name}{version}"]) for name in ("cosent", "infonce") for version in VERSIONS}) == 8
+    for name, part in parts.items():
+        assert float(sharded_parts[name]) == pytest.approx(float(part), rel=1e-9), name
     assert_trees_close(grads, sharded_grads)
 
 
