@@ -188,8 +188,8 @@ def main() -> None:
         train_row(stages, seed, run, args)
         return score_run(run, held_out, range_texts)
 
-    for seed in range(args.seeds):
-        for name in args.only or rows:
+    for name in args.only or rows:
+        for seed in range(args.seeds):
             finished.run_missing(functools.partial(measure, rows[name], seed), row=name, seed=seed)
     print_table([UNTRAINED, *rows], exits, finished)
 

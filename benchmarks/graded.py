@@ -155,8 +155,8 @@ def main() -> None:
         train(make_config(base, changes, seed, run, args))
         return score_model(str(run), sets, args)
 
-    for seed in range(args.seeds):
-        for name in args.only or rows:
+    for name in args.only or rows:
+        for seed in range(args.seeds):
             finished.run_missing(functools.partial(measure, rows[name], seed), row=name, seed=seed)
     print_tables([UNTRAINED, *rows], exits, finished)
 
