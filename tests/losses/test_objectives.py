@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from helpers.text_batches import ALL_DIRECTIONS, draw_unit_vectors, make_batch, make_encoded
+from helpers.training_batches import assert_trees_close
 from jaxembed.config import (
     DistillationConfig,
     EmbeddingMatchingConfig,
@@ -24,7 +25,7 @@ from jaxembed.config import (
 )
 from jaxembed.data.batch import Batch, FrozenVectors
 from jaxembed.devices.mesh import make_mesh
-from jaxembed.devices.placement import put_batch
+from jaxembed.devices.placement import make_replicated_sharding, put_batch
 from jaxembed.losses import blockwise, infonce
 from jaxembed.losses.objectives import VECTOR_OBJECTIVES, Objectives
 
@@ -278,6 +279,39 @@ def test_matryoshka_adds_the_losses_of_the_first_dimensions() -> None:
     expected = sum(w * (whole[n] + 0.3 * four[n] + 0.1 * two[n]) for n, w in (("infonce", 1.0), ("spread_out", 2.0)))
     assert float(total) == pytest.approx(expected, rel=1e-5)
     assert {"infonce", "infonce_accuracy", "spread_out", "spread_out_2"} < set(parts)
+
+
+def test_eight_devices_compute_the_objectives_of_one() -> None:
+    """Regularization, distillation, a learned temperature and drawn negatives, at two widths. Values and gradients."""
+    infonce_keys = {"learn_temperature": True, "guide": "a model", "mixed_negatives": 2, "hardness": 2.0, "focal": 0.5}
+    objectives = Objectives(
+        [
+            InfoNCEConfig(temperature=0.2, **infonce_keys), SpreadOutConfig(), DistillationConfig(hard_labels=0.2),
+            MarginMSEConfig(), EmbeddingMatchingConfig(teacher="a model"),
+        ],
+        MatryoshkaConfig(dims=(4,)),
+    )  # fmt: skip
+    random, key = np.random.default_rng(4), jax.random.key(0)
+    (q, d), batch = draw_vectors(random, jnp.float32), draw_batch(random, jnp.float32)
+    params = jax.jit(lambda: objectives.init_params(D, G, key))()
+    results = []
+    for devices in (1, 8):
+        mesh = make_mesh(devices)
+
+        def loss(
+            params: Any, q: jax.Array, d: jax.Array, batch: Batch, shards: int = devices
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            return objectives(q, d, batch, key, params, shards)
+
+        with jax.set_mesh(mesh):
+            inputs = put_batch(mesh, jax.device_get((q, d, batch)))
+            compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+            results.append(jax.device_get(compute(jax.device_put(params, make_replicated_sharding(mesh)), *inputs)))
+    ((_, parts), grads), ((_, sharded_parts), sharded_grads) = results
+    assert {"infonce_4", "spread_out_4", "kl_distillation_4", "margin_mse_4", "embedding_matching"} < parts.keys()
+    for name, part in parts.items():
+        assert float(sharded_parts[name]) == pytest.approx(float(part), rel=1e-5), name
+    assert_trees_close(grads, sharded_grads)
 
 
 def test_an_objective_of_some_sources_is_the_mean_over_their_queries() -> None:
