@@ -31,7 +31,7 @@ class OptimConfig(Section):
     lazy_embedding: bool = Field(
         False,
         description="Update only the rows of the token embedding that the batch reads, as torch.optim.SparseAdam does. Other "
-        "rows keep their values and moments, without weight decay. Saves time and memory with a large vocabulary.",
+        "rows keep their values and moments, without weight decay. Saves time with a large vocabulary.",
     )
     restart: bool = Field(
         True,
