@@ -25,17 +25,19 @@ from jaxembed.search.nearest import SearchResult, search
 from jaxembed.search.vector_file import VectorFile, search_file
 
 BLOCK_VECTORS = 100_000
+SIGN_BIT = 0x8000  # of a float16 number
 
 
 def write_file(path: Path, vectors: int, width: int) -> None:
     """Write random vectors. Blocks repeat the same vectors with different signs."""
-    block, random = draw_unit_vectors(BLOCK_VECTORS, width, 1).astype(np.float16), np.random.default_rng(2)
+    bits = draw_unit_vectors(BLOCK_VECTORS, width, 1).astype(np.float16).view(np.uint16)
+    random = np.random.default_rng(2)
     with path.open("wb") as file:
         header = {"descr": "<f2", "fortran_order": False, "shape": (vectors, width)}
         np.lib.format.write_array_header_1_0(file, header)
         for start in range(0, vectors, BLOCK_VECTORS):
-            signs = random.choice(np.array([-1, 1], np.float16), width)
-            file.write((block[: vectors - start] * signs).tobytes())
+            signs = random.choice(np.array([0, SIGN_BIT], np.uint16), width)
+            file.write((bits[: vectors - start] ^ signs).data)
 
 
 def measure(file: VectorFile, queries: np.ndarray, processes: int, args: argparse.Namespace) -> tuple[SearchResult, Any]:

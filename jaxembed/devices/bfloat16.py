@@ -9,11 +9,33 @@ float32, which takes longer than float32 alone. So every matmul here has that fo
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float
 
 from jaxembed.devices.blas import is_large_on_one_cpu
+from jaxembed.devices.cpu import is_tuned
+
+CPU_INFO = Path("/proc/cpuinfo")
+INSTRUCTION_SETS = {"avx512_bf16", "amx_bf16"}
+
+
+def has_fast_matmuls() -> bool:
+    """Return whether JAX runs on CPUs that are tuned and have instructions for bfloat16."""
+    return is_tuned(jax.default_backend()) and not INSTRUCTION_SETS.isdisjoint(_list_cpu_flags())
+
+
+@functools.cache
+def _list_cpu_flags() -> frozenset[str]:
+    """Return the features of the first CPU, as Linux names them. None are known on other systems."""
+    try:
+        lines = CPU_INFO.read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def is_worthwhile(x: jax.Array, kernel: jax.Array) -> bool:

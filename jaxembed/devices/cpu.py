@@ -9,7 +9,8 @@ Everything here was measured to save time on CPUs. Results with and without it a
 - `retain_freed_memory`, `release_freed_memory`: the allocator keeps large buffers between steps.
 - `jaxembed.devices.blas`: numpy's BLAS computes large float32 matmuls.
 - `jaxembed.devices.bfloat16`: large bfloat16 matmuls have the form for which XLA has kernels.
-- `jaxembed.search.nearest`: FAISS searches where it is installed.
+- `jaxembed.search.two_pass`: large searches score in bfloat16 first, on CPUs with instructions for it.
+- `jaxembed.search.nearest`: FAISS does other searches where it is installed.
 - `jaxembed.hub.embedder`: each call encodes `ENCODE_TOKENS_PER_CALL` tokens, and reads the layers as views of the stacked
   parameters.
 

@@ -1,4 +1,4 @@
-"""Exact nearest documents by dot product, block by block, on the mesh or by FAISS. The full score matrix is never in memory."""
+"""Exact nearest documents by dot product, block by block, on the mesh or on CPUs. The full score matrix is never in memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jaxembed.devices.cpu import is_tuned
 from jaxembed.devices.mesh import BATCH_AXES, count_shards, make_mesh
 from jaxembed.devices.placement import make_batch_sharding, make_replicated_sharding, put_global, to_host
 from jaxembed.devices.processes import progress_bar
+from jaxembed.search.two_pass import choose_tile_sizes, is_worthwhile, search_in_two_passes
 
 GROUP_SIZE = 32  # documents per group; `top_k` compares groups by their best scores
 MAX_QUERIES_PER_BLOCK, MAX_DOCUMENTS_PER_BLOCK = 512, 131072  # larger blocks are no faster
@@ -67,8 +68,9 @@ def search(
 ) -> SearchResult:
     """Find the k documents nearest to each query by dot product.
 
-    On CPUs, FAISS does the search if it is installed. Otherwise queries are split over all devices, and blocks of documents
-    are scored one after another.
+    - On CPUs with instructions for bfloat16, a large search has two passes (`search_in_two_passes`).
+    - On other CPUs, and for queries with very many equal scores, FAISS does the search if it is installed.
+    - Otherwise queries are split over all devices, and blocks of documents are scored one after another.
 
     Args:
         queries: Query vectors.
@@ -84,9 +86,22 @@ def search(
     k = min(k, len(documents))
     if not k:
         return SearchResult(*_make_empty_top_k(len(queries), 0))
-    if approximate or not _can_use_faiss():
+    if approximate:
         return _search_on_mesh(queries, documents, k, memory_mb, approximate, show_progress)
-    return _search_with_faiss(queries, documents, k, min(k + 1, len(documents)), memory_mb, show_progress)
+    sizes = choose_tile_sizes(memory_mb, queries.shape[1], k, len(queries)) if is_worthwhile(queries, documents) else None
+    if sizes is None:
+        return _search_in_float32(queries, documents, k, memory_mb, show_progress)
+    rows, scores, unsure = search_in_two_passes(queries, documents, k, sizes, show_progress)
+    if len(unsure):
+        rows[unsure], scores[unsure] = _search_in_float32(queries[unsure], documents, k, memory_mb, show_progress)
+    return SearchResult(rows, scores)
+
+
+def _search_in_float32(queries: np.ndarray, documents: np.ndarray, k: int, memory_mb: int, show_progress: bool) -> SearchResult:
+    """Search with FAISS where possible, otherwise on the mesh."""
+    if _can_use_faiss():
+        return _search_with_faiss(queries, documents, k, min(k + 1, len(documents)), memory_mb, show_progress)
+    return _search_on_mesh(queries, documents, k, memory_mb, False, show_progress)
 
 
 def _can_use_faiss() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -49,3 +50,24 @@ def test_the_form_is_used_for_large_bfloat16_matrices_on_one_cpu(monkeypatch: py
     assert not bfloat16.is_worthwhile(x.astype(jnp.float32), kernel)
     with jax.set_mesh(make_mesh(2)):
         assert not bfloat16.is_worthwhile(x, kernel)
+
+
+@pytest.mark.parametrize(
+    ("flags", "tuning", "expected"),
+    [
+        ("fpu avx512f avx512_bf16", "on", True), ("fpu amx_bf16", "on", True), ("fpu avx512f", "on", False),
+        ("fpu amx_bf16", "off", False), (None, "on", False),
+    ],
+)  # fmt: skip
+def test_instructions_of_the_cpu_are_recognized(
+    flags: str | None, tuning: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bfloat16, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setenv("JAXEMBED_CPU_TUNING", tuning)
+    if flags:
+        bfloat16.CPU_INFO.write_text(f"processor\t: 0\nflags\t\t: {flags}\nprocessor\t: 1\n")
+    bfloat16._list_cpu_flags.cache_clear()
+    try:
+        assert bfloat16.has_fast_matmuls() == expected
+    finally:
+        bfloat16._list_cpu_flags.cache_clear()

@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 
 from jaxembed.devices.mesh import make_mesh
-from jaxembed.search import nearest
+from jaxembed.search import nearest, two_pass
 from jaxembed.search.nearest import GROUP_SIZE, choose_block_sizes, choose_faiss_batch_size, search, top_k
+from jaxembed.search.two_pass import choose_tile_sizes
 
 
-@pytest.fixture(params=["faiss", "mesh"])
+@pytest.fixture(params=["faiss", "mesh", "two passes"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Search by FAISS, as on CPUs, or on the mesh."""
+    """Search by FAISS or in two passes, as on CPUs, or on the mesh."""
     if request.param == "faiss":
         pytest.importorskip("faiss")
     else:
         monkeypatch.setattr(nearest, "_can_use_faiss", lambda: False)
+    monkeypatch.setattr(nearest, "is_worthwhile", lambda queries, documents: request.param == "two passes" and len(queries) > 0)
     return str(request.param)
 
 
@@ -40,6 +42,8 @@ def test_search_is_exact_across_blocks(
     monkeypatch.setattr(nearest, "MAX_DOCUMENTS_PER_BLOCK", 200)
     for limit in ("MAX_QUERIES_PER_BLOCK", "MAX_FAISS_QUERIES"):
         monkeypatch.setattr(nearest, limit, 32)
+    monkeypatch.setattr(two_pass, "MAX_QUERIES_PER_TILE", 64)
+    monkeypatch.setattr(two_pass, "MAX_DOCUMENTS_PER_TILE", 512)
     random = np.random.default_rng(1)
     a, b = (random.integers(-3, 4, (count, 8)).astype(np.float32) for count in (queries, documents))
     a = abs(a) + 1
@@ -91,13 +95,15 @@ def test_block_fits_into_memory(memory_mb: int, width: int, k: int) -> None:
 SEARCH = """
 import sys
 import numpy as np
+from jaxembed.search import nearest
 from jaxembed.search.nearest import search
 
 def peak():  # MiB; getrusage would start at the peak of the parent process
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
 
-memory_mb, k = map(int, sys.argv[1:])
-queries, documents = (np.random.default_rng(0).standard_normal((n, 8), np.float32) for n in (6000, 20000))
+memory_mb, k, has_two_passes = map(int, sys.argv[1:])
+nearest.is_worthwhile = lambda queries, documents: has_two_passes
+queries, documents = (np.random.default_rng(seed).standard_normal((n, 8), np.float32) for seed, n in enumerate((6000, 20000)))
 search(queries[:100], documents, 10, memory_mb=memory_mb)  # loads the libraries
 before = peak()
 search(queries, documents, k, memory_mb=memory_mb)
@@ -106,9 +112,20 @@ print(peak() - before - len(queries) * k * 8 / 2**20)
 
 
 def test_faiss_calls_fit_into_memory() -> None:
-    """Measured by the growth of a process's memory, without the result."""
     pytest.importorskip("faiss")
     assert choose_faiss_batch_size(16, 1000) < choose_faiss_batch_size(512, 1000) == nearest.MAX_FAISS_QUERIES
     assert choose_faiss_batch_size(1, 10**6) == 1
-    done = subprocess.run([sys.executable, "-c", SEARCH, "16", "1000"], capture_output=True, text=True, check=True)
-    assert 1 < float(done.stdout) < 16
+    assert 1 < measure_memory(16, 1000, has_two_passes=False) < 16
+
+
+def test_two_passes_fit_into_memory() -> None:
+    assert choose_tile_sizes(1, 8, 10, 6000) is None
+    assert choose_tile_sizes(512, 384, 10**6, 6000) is None
+    assert 1 < measure_memory(160, 300, has_two_passes=True) < 160  # with the compilation
+
+
+def measure_memory(memory_mb: int, k: int, has_two_passes: bool) -> float:
+    """Return the growth of a process's memory in a search, without the result, in MiB."""
+    arguments = [str(int(argument)) for argument in (memory_mb, k, has_two_passes)]
+    done = subprocess.run([sys.executable, "-c", SEARCH, *arguments], capture_output=True, text=True, check=True)
+    return float(done.stdout)
