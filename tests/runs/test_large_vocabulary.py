@@ -168,13 +168,16 @@ def test_a_run_of_eight_devices_has_the_losses_of_one(
         np.testing.assert_allclose(read_losses(run_dir), read_losses(reference), rtol=1e-4)
 
 
-def test_a_run_resumes_exactly(folder: Path, trained: Path) -> None:
-    config = make_config(folder, "half", *FROZEN, *CONSTANT, "mesh.data=1")
+@pytest.mark.parametrize("keys", [FROZEN, LAZY], ids=["frozen", "lazy"])
+def test_a_run_resumes_exactly(folder: Path, trained: Path, lazily_trained: Path, keys: list[str]) -> None:
+    reference = trained if keys is FROZEN else lazily_trained
+    half_dir = folder / f"half-{reference.name}"
+    config = make_config(folder, half_dir.name, *CONSTANT, *keys, "mesh.data=1")
     train_until_stopped(config, 2)
-    assert len(read_losses(folder / "half")) == 2
+    assert len(read_losses(half_dir)) == 2
     train(config)
-    assert read_losses(folder / "half") == read_losses(trained)
-    half, whole = load_params(folder / "half"), load_params(trained)
+    assert read_losses(half_dir) == read_losses(reference)
+    half, whole = load_params(half_dir), load_params(reference)
     assert all(np.array_equal(half[path], whole[path]) for path in whole)
 
 
