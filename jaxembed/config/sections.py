@@ -130,33 +130,41 @@ def make_key_table(section: type[Section]) -> str:
     return "| key | default | meaning |\n|---|---|---|\n" + format_reference_rows(section)
 
 
-def format_reference_rows(section: type[Section], prefix: str = "") -> str:
+def format_reference_rows(section: type[Section], prefix: str = "", values: Section | None = None) -> str:
     """Return Markdown table rows, one per key, with its default and meaning.
 
     `[]` marks the entries of a list, `KEY` those of a mapping. The `name` or `kind` of an entry may choose one of several
     sections. A key that not all of these have gets a row for each section that has it, which starts with the section's name.
+
+    Args:
+        section: The section.
+        prefix: Prefix of its keys.
+        values: The value of the section if it is not set. Default: its keys have their own defaults.
     """
     rows: list[str] = []
     for name, field in section.model_fields.items():
+        default_value = field.default if values is None else getattr(values, name)
         nested_sections = _find_sections(field.annotation)
         if nested_sections and (field.json_schema_extra or {}) == {"nested_rows": False}:
             rows.append(f"| `{prefix}{name}` | `[]` | {field.description} |")
         elif nested_sections:
             if field.description and not field.is_required():
-                rows.append(f"| `{prefix}{name}` | `{_to_json(field.default)}` | {field.description} |")
+                rows.append(f"| `{prefix}{name}` | `{_to_json(default_value)}` | {field.description} |")
             suffixes: dict[Any, str] = {tuple: "[]", dict: ".KEY"}
             suffix = suffixes.get(typing.get_origin(field.annotation), "")
-            rows += _format_nested_rows(nested_sections, f"{prefix}{name}{suffix}.")
+            nested_values = default_value if isinstance(default_value, Section) else None
+            rows += _format_nested_rows(nested_sections, f"{prefix}{name}{suffix}.", nested_values)
         else:
-            default = "required" if field.is_required() else f"`{_to_json(field.default)}`"
+            default = "required" if values is None and field.is_required() else f"`{_to_json(default_value)}`"
             meaning = ". ".join(filter(None, [_format_choices(field.annotation), field.description]))
             rows.append(f"| `{prefix}{name}` | {default} | {meaning} |")
     return "\n".join(rows)
 
 
-def _format_nested_rows(sections: list[type[Section]], prefix: str) -> list[str]:
-    """Return the rows of the sections that a key may hold, common keys first."""
-    tables = [format_reference_rows(member, prefix).splitlines() for member in sections]
+def _format_nested_rows(sections: list[type[Section]], prefix: str, values: Section | None) -> list[str]:
+    """Return the rows of the sections that a key may hold, common keys first. `values` is the key's default, if it has one."""
+    own_values = [values if isinstance(values, member) else None for member in sections]
+    tables = [format_reference_rows(member, prefix, own).splitlines() for member, own in zip(sections, own_values, strict=True)]
     if len(sections) == 1:
         return tables[0]
     shared_rows = [row for row in tables[0] if all(row in other for other in tables)]

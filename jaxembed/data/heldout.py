@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxembed.data.beir import write_beir
+from jaxembed.data.beir import join_title_and_text, write_beir
 from jaxembed.data.columns import parse_content
 from jaxembed.data.containers import open_container
 from jaxembed.data.equality import hash_text
@@ -25,13 +25,13 @@ def split_pairs(pairs: str, out: Path, share: float, documents: str = "") -> dic
 
     A row is held out if the hash of its first positive is among the lowest `share` of all hashes. So rows with the same first
     positive stay together, and rows that are added later do not move others. The corpus has the positives of all rows, and the
-    documents.
+    documents: with their titles if the positives have them, otherwise their texts alone.
 
     Args:
         pairs: File of rows with query and pos.
         out: A new folder.
         share: Expected share of the positives that are held out, between 0 and 1.
-        documents: File of further documents of the corpus: rows with `text`.
+        documents: File of further documents of the corpus: rows with `text`, and `title` if they have one.
 
     Returns:
         The number of training rows, held-out queries and documents of the corpus.
@@ -45,11 +45,11 @@ def split_pairs(pairs: str, out: Path, share: float, documents: str = "") -> dic
         (heldout if _is_heldout(row["pos"][0], share) else train).append(row)
     if not heldout or not train:
         raise UserError(
-            f"{pairs}: {len(train)} rows to train on and {len(heldout)} held out (expected {share:.0%}). Change --percent."
+            f"{pairs}: {len(train)} rows to train on and {len(heldout)} held out (expected {share:.0%}). Change the percentage."
         )
-    texts = [row["text"] for row in _read_rows(documents, check_passage)] if documents else []
-    texts += [text for row in rows for text in row["pos"]]
-    ids = {text: f"d{i}" for i, text in enumerate(dict.fromkeys(texts))}
+    positives = dict.fromkeys(text for row in rows for text in row["pos"])
+    texts = _list_texts(_read_rows(documents, check_passage), positives) if documents else []
+    ids = {text: f"d{i}" for i, text in enumerate(dict.fromkeys([*texts, *positives]))}
     relevant = {f"q{i}": {ids[text]: 1 for text in row["pos"]} for i, row in enumerate(heldout)}
     queries = {f"q{i}": row["query"] for i, row in enumerate(heldout)}
     with open_scratch_folder(out) as scratch:
@@ -68,6 +68,15 @@ def _read_rows(path: str, check: Callable[[Row], str | None]) -> list[dict[str, 
             raise UserError(f"{where}: {problem}")
         rows.append(row)
     return rows
+
+
+def _list_texts(documents: Sequence[Row], positives: Container[str]) -> list[str]:
+    """Return the texts of documents in the form of the positives. A document and its positive must not occur as two texts."""
+    joined = [join_title_and_text(document) for document in documents]
+    has_titles = any(
+        text in positives and document["text"] not in positives for text, document in zip(joined, documents, strict=True)
+    )
+    return joined if has_titles else [document["text"] for document in documents]
 
 
 def _is_heldout(text: str, share: float) -> bool:

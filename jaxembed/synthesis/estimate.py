@@ -29,7 +29,7 @@ ASSUMED_ITEMS = 10  # length of a list, if its limits allow it
 ASSUMED_SHARE = 0.5  # length of an answer, relative to max_tokens
 ASSUMPTIONS = (
     f"{BYTES_PER_TOKEN} bytes a token, answers of {ASSUMED_SHARE:.0%} of max_tokens, lists of {ASSUMED_ITEMS} items where "
-    "allowed, all answers valid, no copies. Write a few rows into OUT first for an estimate from real answers."
+    "allowed, all answers valid, no row dropped. Write a few rows into OUT first for an estimate from real answers."
 )
 log = logging.getLogger("jaxembed")
 

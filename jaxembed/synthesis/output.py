@@ -59,7 +59,8 @@ def prepare_folder(out: Path, identity: Mapping[str, Any]) -> None:
                     values = f" (found {recorded.get(key)!r}; expected {identity[key]!r})"
                 raise UserError(f"{out}: belongs to a synthesis with another {name}{values}. Name another output.")
         return
-    if out.exists() and (not out.is_dir() or any(file.name != f"{RECIPE_FILE}.partial" for file in out.iterdir())):
+    allowed_names = (f"{RECIPE_FILE}.partial", ANSWERS_FILE.parent.name)  # stored answers may be copied from another output
+    if out.exists() and (not out.is_dir() or any(file.name not in allowed_names for file in out.iterdir())):
         raise UserError(f"{out}: already exists, and is not the output of a synthesis. Remove it, or name another output.")
     try:
         out.mkdir(parents=True, exist_ok=True)

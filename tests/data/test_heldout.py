@@ -54,11 +54,20 @@ def test_the_corpus_has_other_documents_too(tmp_path: Path) -> None:
     assert split(tmp_path, "--documents", str(tmp_path / "passages.jsonl"))["documents"] == 130
 
 
+def test_documents_have_titles_if_the_positives_have_them(tmp_path: Path) -> None:
+    """Recipes that retrieve their positives join title and text. A document must not be in the corpus twice."""
+    write_jsonl(tmp_path / "passages.jsonl", [{"title": "t", "text": f"passage {i}"} for i in range(130)])
+    rows = [row | {"pos": [f"t {row['pos'][0]}"]} for row in ROWS]
+    assert split(tmp_path, "--documents", str(tmp_path / "passages.jsonl"), rows=rows)["documents"] == 130
+    beir = open_beir(tmp_path / "out" / "heldout", EVALUATION_SPLITS)
+    assert {beir.get_document_text(row) for row in range(130)} == {f"t passage {i}" for i in range(130)}
+
+
 def test_bad_input_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'pairs\.jsonl:1: "pos"'):
         split(tmp_path, rows=[{"query": "q"}])
     with pytest.raises(
-        UserError, match=r"pairs\.jsonl: \d rows to train on and \d held out \(expected 1%\)\. Change --percent"
+        UserError, match=r"pairs\.jsonl: \d rows to train on and \d held out \(expected 1%\)\. Change the percentage"
     ):
         split(tmp_path, "--percent", "1", rows=ROWS[:4])
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -150,6 +151,15 @@ def test_kills_at_random_moments_neither_lose_nor_duplicate_rows(
     answers = read_answers(tmp_path / "killed")
     assert answers == read_answers(tmp_path / "calm")
     assert len(server.bodies) <= len(answers) + kills * CONCURRENCY
+
+
+def test_copied_answers_serve_a_synthesis_with_other_keys(synthesize: Synthesize, server: LlmServer, tmp_path: Path) -> None:
+    synthesize("--max-rows=12")
+    shutil.copytree(tmp_path / "out/answers", tmp_path / "stricter/answers")
+    asked = len(server.bodies)
+    synthesize("--max-rows=12", "threshold=0.99", out="stricter")
+    assert len(server.bodies) == asked
+    assert read_rows(tmp_path / "stricter/search.jsonl") == read_rows(tmp_path / "out/search.jsonl")
 
 
 def test_a_disk_that_fills_is_named_and_leaves_no_half_file(
