@@ -19,7 +19,7 @@ class CandidatePool:
     """The candidates of Q queries.
 
     A document is a candidate if its score is at most `margin` below the k-th best score of its query so far. So the bound of a
-    query rises while documents pass.
+    query rises as more documents are scored.
 
     Attributes:
         bounds: Lowest score of a candidate, float32 [Q]. Infinite for a query with more candidates than fit.
@@ -69,7 +69,7 @@ class CandidatePool:
         return [np.sort(rows[:count]) for rows, count in zip(self._rows, self._counts.tolist(), strict=True)]
 
     def _set_first_bounds(self, scores: np.ndarray, maxima: np.ndarray) -> None:
-        """Set bounds from the first block. The k-th best maximum of groups is a lower one, but is found faster."""
+        """Set bounds from the first block. The k-th best group maximum is a lower, valid bound, found faster."""
         values = maxima if maxima.shape[1] >= CANDIDATES_PER_RESULT * self._k else scores
         if values.shape[1] >= self._k:
             self.bounds = np.partition(values, -self._k, axis=1)[:, -self._k] - self._margins

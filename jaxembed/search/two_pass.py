@@ -4,12 +4,12 @@ The dot product of two vectors q and d that are rounded to q' and d' differs fro
 
     |q - q'| |d| + |q'| |d - d'|
 
-(Cauchy-Schwarz), and by the rounding of its sum. Let e be the largest such error of a query. If k documents have an approximate
-score of at least t, each of the k best documents has one of at least t - 2 e. All documents above this bound are candidates.
-A query with too many candidates is left to another search.
+(Cauchy-Schwarz), and by the rounding of its sum. Let e bound the errors of all scores of a query, and let t be its k-th best
+approximate score. The exact scores of the k best documents are at least t - e, so their approximate ones are at least t - 2 e.
+All documents above that are candidates. A query with too many candidates is left to another search.
 
-To subtract the same vector from all documents changes no order. Their mean is subtracted, so that the error depends on how
-they differ, and not on what they share.
+Subtracting one vector from all documents does not change their order. Their mean is subtracted, because shorter vectors have
+smaller rounding errors.
 
 `jaxembed.devices.cpu` documents the switch that turns this off.
 """
@@ -33,12 +33,12 @@ from jaxembed.search.candidates import CANDIDATE_GROUP_SIZE, CandidatePool, get_
 MIN_SEARCH_FLOPS = 1 << 36  # a smaller search takes less time than the compilation
 MAX_QUERIES_PER_TILE, MAX_DOCUMENTS_PER_TILE = 512, 4096  # the scores of a tile should fit into a CPU's caches
 MIN_QUERIES_PER_TILE, MIN_DOCUMENTS_PER_TILE = 64, 512  # smaller tiles are not worthwhile
-BYTES_PER_SCORE = 24  # with copies of the best scores of the first documents
+BYTES_PER_SCORE = 24  # with the copies that `np.partition` makes for the first block
 MAX_TILES_PER_PASS = 16  # tiles of queries that share a block of documents, which is rounded once for them
 SAMPLE_DOCUMENTS = 4096  # documents whose mean is subtracted from all
-SUM_ERROR = 2.0**-22  # error of float32 sums and of the subtraction per dimension, relative to the norms, with room to spare
+SUM_ERROR = 2.0**-22  # error of float32 sums and of the subtraction per dimension, relative to the norms, rounded up generously
 NORM_SLACK = 1.01  # for the rounding of norms and bounds
-UNDERFLOW = 2.0**-63  # squares of smaller numbers may count as zero
+UNDERFLOW = 2.0**-63  # float32 may flush the squares of smaller numbers to zero
 
 
 class TileSizes(NamedTuple):
@@ -63,7 +63,7 @@ class RoundedVectors(NamedTuple):
     Attributes:
         values: The vectors.
         norms: Upper bounds of their norms in float32.
-        errors: Upper bounds of the norms of what rounding changed.
+        errors: Upper bounds of the norms of the rounding errors.
     """
 
     values: BFloat16[Array, "n d"]

@@ -21,8 +21,8 @@ ECHO = "logprobs of a prompt"  # the option that scoring a text needs
 RESPONSE_FORMAT = "response_format"
 MAX_LOGPROBS = 20  # OpenAI's limit on top_logprobs
 # How answers are structured: the first way that a server does not refuse.
-SCHEMA, SCHEMA_WITHOUT_LENGTHS, JSON, TEXT = range(4)
-STRUCTURE_NAMES = ("a JSON schema", "a JSON schema without lengths", "JSON", "text that is parsed")
+SCHEMA, SCHEMA_WITHOUT_LIMITS, JSON, TEXT = range(4)
+STRUCTURE_NAMES = ("a JSON schema", "a JSON schema without limits", "JSON", "text that is parsed")
 
 
 class LlmServers:

@@ -98,7 +98,7 @@ class TaskRun:
 
     @property
     def progress(self) -> float:
-        """Number of rows after the next one, divided by the weight of the task."""
+        """(Accepted rows + 1) / weight. The task with the smallest value goes next."""
         return (self.samples.num_rows + 1) / self.config.weight
 
     def connect(self, client: LlmClient, workers: Workers, show_progress: Callable[[], None]) -> None:

@@ -27,9 +27,9 @@ EMBEDDING_PATH = ("decoder", "embedding")  # of the parameter, and the end of th
 def list_embedding_rows(model: EmbeddingModel, batch: Batch) -> Int[Array, " u"]:
     """Return the rows of the embedding that a batch reads, in order.
 
-    Their number is a static bound: the number of tokens in the batch. Unused entries are the vocabulary size, which is out of
-    bounds. A model that compares token ids with that of padding, as RoBERTa does, gets all rows up to it, so that they keep
-    their places.
+    The array has one entry per token of the batch, because compiled programs need static shapes. Unused entries are the
+    vocabulary size, which is out of bounds. RoBERTa derives positions from the id of padding, so rows 0 to that id are always
+    included, and keep their index.
     """
     c = model.transformer
     tokens = [jnp.arange(c.position_offset, dtype=jnp.int32), *(texts.tokens.reshape(-1) for texts in _list_texts(batch))]
