@@ -310,8 +310,8 @@ def build_dtypes(config: Config, embedder: Embedder, batch: Any) -> dict[str, Pa
 def build_embedding_updates(config: Config, embedder: Embedder, batch: Any) -> dict[str, Part]:
     """Build the lookup, the gradient and the AdamW update of the token embedding alone, dense, lazy and frozen.
 
-    They share one state, so that memory holds one table and its moments. The last part is the dense one, `WHOLE_STEP`, of which
-    the report gives fractions.
+    They share one state: memory may have room for only one table with its moments. The last part is the dense one,
+    `WHOLE_STEP`: the report gives fractions of it.
     """
     update, model = make_optimizer(config.optim, config.train.steps), embedder.model
     params = {"decoder": {"embedding": jnp.copy(embedder.params["decoder"]["embedding"])}}

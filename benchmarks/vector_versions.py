@@ -30,7 +30,7 @@ def score_versions(embedder: Embedder, held_out: HeldOutSet, range_texts: Sequen
 
     Args:
         embedder: The model.
-        held_out: The held-out set.
+        held_out: The texts to score it on.
         range_texts: Texts whose vectors give the ranges of int8.
     """
     vectors = [embedder.encode(inputs.texts, inputs.instruction) for inputs in held_out.inputs]

@@ -103,9 +103,10 @@ class Config(StageSections, RunSections):
 
     @model_validator(mode="after")
     def _check_lazy_embedding(self) -> Config:
-        freezing_key = "model.lora" if self.model.lora is not None else "model.frozen"
+        freezing_keys = {"model.lora": self.model.lora is not None, "model.frozen": "embedding" in self.model.frozen}
+        freezing_key = next((key for key, is_freezing in freezing_keys.items() if is_freezing), None)
         for i, stage in enumerate(self.stages):
-            if stage.optim.lazy_embedding and (self.model.lora is not None or "embedding" in self.model.frozen):
+            if stage.optim.lazy_embedding and freezing_key:
                 key = f"{self.get_key_prefix(i)}optim.lazy_embedding"
                 raise ValueError(f"{key} trains rows of the embedding, but {freezing_key} freezes it. Remove one of both.")
         return self

@@ -32,7 +32,8 @@ TARGET_PROJECTIONS = {
 }  # fmt: skip
 ADAPTER_PARAMS = ("lora_a", "lora_b")
 FROZEN_PARTS = ("decoder", "head")  # parts of a model that come from the base and are frozen under adapters
-FREEZABLE_PATHS = {"embedding": ("decoder", "embedding")}  # parameters that can be frozen without adapters, by name
+EMBEDDING_PATH = ("decoder", "embedding")  # of the token embedding
+FREEZABLE_PATHS = {"embedding": EMBEDDING_PATH}  # parameters that can be frozen without adapters, by name
 ADAPTER_STATE = "adapters"  # key of the optimizer state that is separate for each adapter
 
 

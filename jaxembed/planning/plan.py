@@ -128,8 +128,9 @@ def _propose(
     """Return the proposed settings of a step; None if the memory of a device is unknown, or no settings fit."""
     if memory is None:
         return None
-    sizes = make_step_sizes(model.transformer, count_elements(state.weights), model.lora, model.compute.dtype, tokens)
-    return propose(dataclasses.replace(sizes, frozen_parameters=count_elements(state.frozen)), mesh, memory)
+    parameters, frozen_parameters = count_elements(state.weights), count_elements(state.frozen)
+    sizes = make_step_sizes(model.transformer, parameters, model.lora, model.compute.dtype, tokens, frozen_parameters)
+    return propose(sizes, mesh, memory)
 
 
 def _plan_loss(stage: Stage, model: EmbeddingModel, batch: Batch, target: PlanningTarget) -> dict[str, Any]:

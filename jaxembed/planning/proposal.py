@@ -119,7 +119,12 @@ def propose(sizes: StepSizes, mesh: Mesh, memory: int) -> Proposal | None:
 
 
 def make_step_sizes(
-    transformer: TransformerConfig, parameters: int, lora: LoraConfig | None, dtype: Any, tokens: tuple[int, int]
+    transformer: TransformerConfig,
+    parameters: int,
+    lora: LoraConfig | None,
+    dtype: Any,
+    tokens: tuple[int, int],
+    frozen_parameters: int = 0,
 ) -> StepSizes:
     """Return the sizes of a step.
 
@@ -129,8 +134,9 @@ def make_step_sizes(
         lora: Adapters, if any.
         dtype: Dtype of the computation.
         tokens: Rows of the batch and tokens of a row.
+        frozen_parameters: Number of parameters that are not trained.
     """
-    return StepSizes(transformer, parameters, lora, jax.numpy.dtype(dtype).itemsize, *tokens)
+    return StepSizes(transformer, parameters, lora, jax.numpy.dtype(dtype).itemsize, *tokens, frozen_parameters)
 
 
 def _iter_candidates(sizes: StepSizes, devices: int) -> Iterator[Proposal]:

@@ -11,7 +11,7 @@ CANDIDATES_PER_RESULT = 4
 
 
 def get_capacity(k: int) -> int:
-    """Return how many candidates are kept per query."""
+    """Return the maximum number of candidates of a query."""
     return CANDIDATES_PER_RESULT * k + MIN_SPARE_CANDIDATES
 
 

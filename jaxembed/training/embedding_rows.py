@@ -20,8 +20,7 @@ from jaxembed.data.batch import Batch
 from jaxembed.data.packing import PackedTexts
 from jaxembed.devices.collectives import replicate
 from jaxembed.model.embedder import EmbeddingModel
-
-EMBEDDING_PATH = ("decoder", "embedding")  # of the parameter, and the end of the paths of its moments
+from jaxembed.model.lora import EMBEDDING_PATH
 
 
 def list_embedding_rows(model: EmbeddingModel, batch: Batch) -> Int[Array, " u"]:
@@ -74,6 +73,7 @@ def _map_embedding(change: Callable[..., jax.Array], tree: Any, *others: Any) ->
     """Map `change` over the embedding and its moments in trees of the same structure. Take other leaves from the first tree."""
 
     def change_leaf(path: Any, x: Any, *rest: Any) -> Any:
+        # The paths of its moments end like that of the embedding.
         is_embedding = tuple(getattr(key, "key", None) for key in path[-2:]) == EMBEDDING_PATH
         return change(x, *rest) if is_embedding else x
 
