@@ -128,10 +128,10 @@ class TaskConfig(Section):
         assert isinstance(step, AskStepConfig)
         return step
 
-    def find_candidates_of(self, step: RankStepConfig) -> RetrieveStepConfig:
+    def find_retrieve_step(self, step: RankStepConfig) -> RetrieveStepConfig:
         """Return the step that retrieves the candidates of a rank step."""
-        (source,) = [s for s in self.steps if isinstance(s, RetrieveStepConfig) and s.name == step.candidates]
-        return source
+        (retrieve_step,) = [s for s in self.steps if isinstance(s, RetrieveStepConfig) and s.name == step.candidates]
+        return retrieve_step
 
     def check_placeholders(self, inputs: frozenset[str]) -> None:
         """Raise `ValueError` for a placeholder without values. `inputs` are the names of the inputs."""

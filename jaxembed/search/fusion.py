@@ -6,21 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-RANK_OFFSET = 60  # the constant k of Cormack et al.
+FUSION_K = 60  # the constant k of Cormack et al.
 
 
-def fuse_rankings(rankings: Sequence[np.ndarray], rank_offset: int = RANK_OFFSET) -> np.ndarray:
-    """Fuse rankings of documents (Cormack, Clarke and Büttcher 2009): each document gets the sum of 1 / (rank_offset + rank).
+def fuse_rankings(rankings: Sequence[np.ndarray], fusion_k: int = FUSION_K) -> np.ndarray:
+    """Fuse rankings of documents (Cormack, Clarke and Büttcher 2009): the score of a document is the sum of 1 / (k + rank).
 
     Args:
-        rankings: Documents by id, best first, one array per ranking. A document may be missing in some.
-        rank_offset: The constant k of the paper, which is added to every rank.
+        rankings: For each ranking, the ids of its documents, best first. A ranking may lack some documents.
+        fusion_k: The constant k of the paper, which is added to every rank.
 
     Returns:
-        All documents, best first. Ties are ordered by first appearance in the rankings.
+        The ids of all documents, best first. Ties are ordered by first appearance in the rankings.
     """
-    documents = np.concatenate(rankings)
-    points = np.concatenate([1 / (rank_offset + np.arange(1, len(ranking) + 1)) for ranking in rankings])
-    ids, first, inverse = np.unique(documents, return_index=True, return_inverse=True)
-    sums = np.bincount(inverse, points, len(ids))
-    return ids[np.lexsort((first, -sums.round(12)))]
+    all_ids = np.concatenate(rankings)
+    terms = np.concatenate([1 / (fusion_k + np.arange(1, len(ranking) + 1)) for ranking in rankings])
+    ids, first_positions, inverse = np.unique(all_ids, return_index=True, return_inverse=True)
+    scores = np.bincount(inverse, terms, len(ids)).round(12)
+    return ids[np.lexsort((first_positions, -scores))]

@@ -18,9 +18,9 @@ from jaxembed.errors import UserError
 from jaxembed.synthesis.drafts import Draft, fill_field, fill_template
 from jaxembed.synthesis.novelty import SeenTexts, open_language_identifier
 
-UNKNOWN = "unknown"  # group of texts whose language cannot be identified
+UNKNOWN_GROUP = "unknown"  # the quota group of texts whose language cannot be identified
 EQUAL_TEXTS = "query, positives and negatives are not all different"
-COPY = "copy of an earlier row"
+DUPLICATE_ROW = "copy of an earlier row"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,38 +71,38 @@ class RowRules:
 
     Attributes:
         rejected: Number of rejected rows by reason.
-        groups: Number of accepted rows by quota and group.
+        quota_counts: For each quota, the number of accepted rows by group.
     """
 
-    def __init__(self, task: TaskConfig, known: KnownQueries, target: int | None):
+    def __init__(self, task: TaskConfig, known_queries: KnownQueries, target_rows: int | None):
         """Start without rows.
 
         Args:
             task: The section of the task.
-            known: Queries of earlier rows.
-            target: Rows to write, or None.
+            known_queries: Queries of earlier rows and of existing training files.
+            target_rows: Number of rows to write; None for no limit.
         """
         self.format = find_format(task)
         self.rejected = Counter[str]()
-        self.groups: list[Counter[str]] = [Counter() for _ in task.quotas]
-        self._task, self._known, self._target = task, known, target
+        self.quota_counts: list[Counter[str]] = [Counter() for _ in task.quotas]
+        self._task, self._known_queries, self._target_rows = task, known_queries, target_rows
 
-    def check(self, draft: Draft) -> AcceptedRow | None:
-        """Return the row of a draft, or None if it is rejected."""
+    def accept(self, draft: Draft) -> AcceptedRow | None:
+        """Return the row of a draft and count it, or return None if it is rejected."""
         row_values = {str(field): fill_field(template, draft) for field, template in self._task.row.items()}
         row = {field: value.strip() if isinstance(value, str) else value for field, value in row_values.items()}
         if problem := self._find_problem(row):
             self.rejected[problem] += 1
             return None
         groups = [self._find_group(quota, row, draft) for quota in self._task.quotas]
-        for quota, group, counts in zip(self._task.quotas, groups, self.groups, strict=True):
-            if counts[group] >= self._compute_limit(quota):
+        for quota, group, counts in zip(self._task.quotas, groups, self.quota_counts, strict=True):
+            if counts[group] >= self._compute_max_rows(quota):
                 self.rejected[f"quota of {quota.by}"] += 1
                 return None
-        if not self._known.add(self._to_curated_row(row)):
-            self.rejected[COPY] += 1
+        if not self._known_queries.add(self._to_curated_row(row)):
+            self.rejected[DUPLICATE_ROW] += 1
             return None
-        for group, counts in zip(groups, self.groups, strict=True):
+        for group, counts in zip(groups, self.quota_counts, strict=True):
             counts[group] += 1
         return AcceptedRow(row, draft)
 
@@ -125,16 +125,16 @@ class RowRules:
         curated = self._to_curated_row(row)
         document = (get_texts(curated, "positives") or get_texts(curated, "query"))[0]
         if quota.by == LANGUAGE:
-            return open_language_identifier()(document) or UNKNOWN
+            return open_language_identifier()(document) or UNKNOWN_GROUP
         if quota.by == LENGTH:
             return f"{2 ** (len(document).bit_length() - 1):,} characters or more"
         return fill_template(quota.by, draft)
 
-    def _compute_limit(self, quota: QuotaConfig) -> float:
+    def _compute_max_rows(self, quota: QuotaConfig) -> float:
         if quota.max_rows is not None:
             return quota.max_rows
-        assert quota.max_share is not None and self._target is not None
-        return max(quota.max_share * self._target, 1)
+        assert quota.max_share is not None and self._target_rows is not None
+        return max(quota.max_share * self._target_rows, 1)
 
 
 def list_texts(row: Mapping[str, Any]) -> list[str]:

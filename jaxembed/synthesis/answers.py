@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from jaxembed.config.synthesis_steps import AnswerConfig, FieldConfig
 from jaxembed.synthesis.requests import Answer
 
-ITEMS = "items"  # the field of the object that a list is wrapped into: OpenAI's schemas must be objects
-FENCE = re.compile(r"\s*```\w*\n(.*?)\n?```\s*", re.DOTALL)
-THOUGHTS = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
-REFUSAL = re.compile(
+ITEMS_FIELD = "items"  # the field of the object that a list is wrapped into: OpenAI's schemas must be objects
+CODE_FENCE = re.compile(r"\s*```\w*\n(.*?)\n?```\s*", re.DOTALL)
+THINKING_BLOCK = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
+REFUSAL_START = re.compile(
     r"\s*(i['\u2019]m sorry|i am sorry|sorry, (but )?i |i can(not|['\u2019]t) (help|assist|comply|fulfill)|as an ai\b)", re.I
 )
 LIMIT_KEYWORDS = ("minLength", "maxLength", "minItems", "maxItems", "minimum", "maximum")
@@ -45,7 +45,7 @@ class AnswerReader:
         self._config = config
         self._find_language_problem = find_language_problem
         self._patterns = [re.compile(pattern) for pattern in config.reject]
-        fields = config.fields if config.type == "object" else {ITEMS: config.items.model_copy(update={"type": "list"})}
+        fields = config.fields if config.type == "object" else {ITEMS_FIELD: config.items.model_copy(update={"type": "list"})}
         self._fields = {"text": config.items} if config.type == "text" else fields
         self._model = make_model(self._fields)
         self.schema = None if config.type == "text" else self._model.model_json_schema() | {"additionalProperties": False}
@@ -64,29 +64,29 @@ class AnswerReader:
             raise InvalidAnswerError("refused")
         if answer.finish_reason == "length":
             raise InvalidAnswerError("truncated at max_tokens")
-        text = THOUGHTS.sub("", answer.text, count=1).strip()
-        if REFUSAL.match(text):
+        text = THINKING_BLOCK.sub("", answer.text, count=1).strip()
+        if REFUSAL_START.match(text):
             raise InvalidAnswerError("refused")
-        values = self._check({"text": text} if self._config.type == "text" else self._parse(text))
+        values = self._validate({"text": text} if self._config.type == "text" else self._parse(text))
         for name, value in values.items():
             self._check_texts(name, value, languages.get(name, ""))
         if self._config.type != "list":
             return [values]
-        return [{"item": item} for item in dict.fromkeys(values[ITEMS])]
+        return [{"item": item} for item in dict.fromkeys(values[ITEMS_FIELD])]
 
     def _parse(self, text: str) -> Any:
         """Return the JSON value of an answer. A list is wrapped into an object."""
         value = parse_json(text, "{" if self._config.type == "object" else "[{")
         if self._config.type == "list" and isinstance(value, dict) and len(value) == 1:
             (value,) = value.values()
-        return {ITEMS: value} if self._config.type == "list" else value
+        return {ITEMS_FIELD: value} if self._config.type == "list" else value
 
-    def _check(self, value: Any) -> dict[str, Any]:
+    def _validate(self, value: Any) -> dict[str, Any]:
         try:
             return self._model.model_validate(value).model_dump()
         except ValidationError as error:
             problem = error.errors()[0]
-            field = next((str(part) for part in problem["loc"] if part != ITEMS), "the answer")
+            field = next((str(part) for part in problem["loc"] if part != ITEMS_FIELD), "the answer")
             raise InvalidAnswerError(
                 f"{'an item' if field.isdecimal() else field}: {describe_pydantic_error(problem['type'])}"
             ) from None
@@ -94,7 +94,7 @@ class AnswerReader:
     def _check_texts(self, name: str, value: Any, language: str) -> None:
         """Check the strings of a field against refusals, patterns, and a language."""
         for text in [value] if isinstance(value, str) else value if isinstance(value, list) else []:
-            if REFUSAL.match(text):
+            if REFUSAL_START.match(text):
                 raise InvalidAnswerError("refused")
             if any(pattern.search(text) for pattern in self._patterns):
                 raise InvalidAnswerError("matches a pattern of reject")
@@ -148,7 +148,7 @@ def parse_json(text: str, openings: str) -> Any:
     Raises:
         InvalidAnswerError: The text has no JSON value.
     """
-    if match := FENCE.search(text):
+    if match := CODE_FENCE.search(text):
         text = match[1]
     start = min((position for position in map(text.find, openings) if position >= 0), default=-1)
     if start < 0:

@@ -30,8 +30,8 @@ class TokenCounts:
     new_tokens: int = 0
 
     @property
-    def total(self) -> int:
-        """Tokens of prompts and answers."""
+    def total_tokens(self) -> int:
+        """Tokens of prompts and answers together."""
         return self.prompt_tokens + self.completion_tokens
 
 
@@ -79,7 +79,7 @@ class LlmClient:
             self.counts.stored += stored_answer is not None
             self.counts.prompt_tokens += answer.prompt_tokens
             self.counts.completion_tokens += answer.completion_tokens
-            self.counts.new_tokens += 0 if stored_answer else answer.num_tokens
+            self.counts.new_tokens += 0 if stored_answer else answer.total_tokens
         if stored_answer is None:
             self._store.add(request, answer)
         return answer

@@ -15,7 +15,7 @@ from jaxembed.data.equality import hash_exact_text
 from jaxembed.errors import UserError
 
 MAX_VALUE_REDRAWS = 1000  # attempts to draw values that differ
-Path = tuple[str | int, ...]
+DraftPath = tuple[str | int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,25 +25,25 @@ class Draft:
     Attributes:
         path: Identifies the draft: task, index of the first request or input row, and one index for each later split.
         fields: Fields of answers and drawn values, keyed by step; fields of the input row, keyed by input.
-        keys: Keys of the requests whose answers went into it.
-        time: Time of its last answer; empty if there was none.
-        model: Name of the model that gave that answer.
+        request_keys: Keys of the requests whose answers went into it.
+        time: Time of its latest answer; empty if there is none.
+        model: Name of the model that gave this answer.
     """
 
-    path: Path
+    path: DraftPath
     fields: Mapping[str, Mapping[str, Any]]
-    keys: tuple[str, ...] = ()
+    request_keys: tuple[str, ...] = ()
     time: str = ""
     model: str = ""
 
     @property
-    def source_row(self) -> int:
+    def source_index(self) -> int:
         """Index of the input row that the draft started from."""
         return int(self.path[1])
 
-    def add(self, name: str, values: Mapping[str, Any]) -> Draft:
+    def add_fields(self, step_name: str, values: Mapping[str, Any]) -> Draft:
         """Return the draft with the fields of one more step."""
-        return dataclasses.replace(self, fields={**self.fields, name: values})
+        return dataclasses.replace(self, fields={**self.fields, step_name: values})
 
     def get_value(self, placeholder: str) -> Any:
         """Return the value of a placeholder STEP.FIELD.
@@ -72,21 +72,21 @@ def weight_choices(choices: Sequence[str], config: ValuesConfig) -> WeightedChoi
     return WeightedChoices(choices, weights / weights.sum() if len(weights) else None)
 
 
-def make_rng(seed: int, path: Sequence[str | int]) -> np.random.Generator:
+def make_rng(seed: int, path: DraftPath) -> np.random.Generator:
     """Return the random generator of a seed and a path."""
     return np.random.default_rng(hash_exact_text("/".join(map(str, (seed, *path)))))
 
 
-def make_request_seed(seed: int, path: Sequence[str | int]) -> int:
+def make_request_seed(seed: int, path: DraftPath) -> int:
     """Return a seed for the server, from 0 to 2**31 - 1."""
     return int(make_rng(seed, path).integers(2**31))
 
 
-def draw_values(values: Mapping[str, WeightedChoices], distinct: Sequence[str], rng: np.random.Generator) -> dict[str, str]:
+def draw_values(choices: Mapping[str, WeightedChoices], distinct: Sequence[str], rng: np.random.Generator) -> dict[str, str]:
     """Draw a value for each placeholder.
 
     Args:
-        values: The possible values, keyed by placeholder.
+        choices: The possible values, keyed by placeholder.
         distinct: Placeholders whose values must differ from each other.
         rng: The random generator.
 
@@ -94,7 +94,7 @@ def draw_values(values: Mapping[str, WeightedChoices], distinct: Sequence[str], 
         UserError: No draw gave different values.
     """
     for _ in range(MAX_VALUE_REDRAWS):
-        drawn_values = {name: str(choices[rng.choice(len(choices), p=p)]) for name, (choices, p) in values.items()}
+        drawn_values = {name: str(values[rng.choice(len(values), p=p)]) for name, (values, p) in choices.items()}
         if len({drawn_values[name] for name in distinct}) == len(distinct):
             return drawn_values
     raise UserError(f"distinct: {', '.join(distinct)} have too few different values. Add values.")

@@ -76,7 +76,15 @@ class ServerOptions:
 
 
 class Endpoint:
-    """One server: its client, the number of running requests and recent failures, and when it is ready again."""
+    """One server.
+
+    Attributes:
+        url: Root of its API.
+        client: The client of the library openai.
+        running: Number of running requests.
+        failures: Number of failures since the last success.
+        ready_at: Earliest time of the next request, by `time.monotonic`.
+    """
 
     def __init__(self, url: str, options: ServerOptions):
         """Create the client; send nothing."""
@@ -128,10 +136,10 @@ class Endpoints:
                 self._release(endpoint, None)
                 return result
             except Exception as error:
-                wait_s = self._find_wait(error, endpoint)
+                wait_s = self._compute_retry_wait(error, endpoint)
                 self._release(endpoint, wait_s)
                 if wait_s is None:
-                    self._raise_explained(error, endpoint)
+                    self._raise_specific_error(error, endpoint)
                 if attempt == MAX_ATTEMPTS or self._stop.is_set():
                     raise UserError(
                         f"{endpoint.url}: failed {attempt} times in a row, the last time with: {self._quote(error)}. Check the "
@@ -158,8 +166,8 @@ class Endpoints:
             elif now >= endpoint.ready_at:
                 endpoint.failures, endpoint.ready_at = endpoint.failures + 1, now + wait_s
 
-    def _find_wait(self, error: Exception, endpoint: Endpoint) -> float | None:
-        """Return the seconds after which a request may succeed, or None if it will not."""
+    def _compute_retry_wait(self, error: Exception, endpoint: Endpoint) -> float | None:
+        """Return the seconds to wait before a retry, or None if the error is not transient."""
         import openai
 
         status = getattr(error, "status_code", None)
@@ -172,7 +180,7 @@ class Endpoints:
         headers = error.response.headers if isinstance(error, openai.APIStatusError) else {}
         return min(parse_retry_after(headers.get("retry-after")), MAX_WAIT_S) or backoff
 
-    def _raise_explained(self, error: Exception, endpoint: Endpoint) -> NoReturn:
+    def _raise_specific_error(self, error: Exception, endpoint: Endpoint) -> NoReturn:
         """Raise an error that says what to do about an error of the openai library."""
         import openai
 
@@ -224,7 +232,7 @@ class Endpoints:
             return f"{endpoint.url}: cannot be reached ({self._quote(error)}). {REACH_ADVICE}"
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):
-                self._raise_explained(error, endpoint)
+                self._raise_specific_error(error, endpoint)
             return None  # not every server lists its models
         except (openai.OpenAIError, ValueError, TypeError, AttributeError):
             return None

@@ -28,8 +28,8 @@ from jaxembed.synthesis.output import ANSWERS_FILE, RowFiles, make_identity, pre
 from jaxembed.synthesis.report import render_page
 from jaxembed.synthesis.steps import StepCounts
 from jaxembed.synthesis.store import AnswerStore
-from jaxembed.synthesis.tasks import Indexes, TaskInputs, TaskRun, compute_row_targets, interleave_tasks
-from jaxembed.synthesis.workers import Budget, Workers
+from jaxembed.synthesis.tasks import DocumentIndexes, TaskInputs, TaskRun, compute_row_targets, interleave_tasks
+from jaxembed.synthesis.workers import TokenBudget, Workers
 
 PROGRESS_INTERVAL_S = 0.5
 MAX_NAMED_REASONS = 3
@@ -61,7 +61,7 @@ def synthesize(
         prepare_folder(out, make_identity(config, source.options.model, hash_inputs(inputs)))
         (out / ANSWERS_FILE).parent.mkdir(exist_ok=True)
         store = stack.enter_context(closing(AnswerStore(out / ANSWERS_FILE)))
-        budget = Budget(budget_tokens)
+        budget = TokenBudget(budget_tokens)
         client = LlmClient(source, store)
         workers = stack.enter_context(Workers(source.options.concurrency, budget))
         files = write_rows(config, tasks, client, workers, out)
@@ -73,7 +73,7 @@ def synthesize(
     return {
         "out": str(out),
         "files": [str(out / name) for name in files.values() if name],
-        "rows": {task.config.name: task.samples.num_rows for task in tasks},
+        "rows": {task.config.name: task.row_stats.num_rows for task in tasks},
         **report["tokens"],
         "invalid_share": report["invalid_share"],
         "ended_by": ended_by,
@@ -83,10 +83,10 @@ def synthesize(
 
 def prepare_tasks(config: SynthesisConfig, recipe: Path, inputs: Mapping[str, InputRows], cache: Path) -> list[TaskRun]:
     """Return the tasks after all checks that need no server. Raise `UserError` for bad input."""
-    task_inputs = TaskInputs(inputs, Indexes(inputs), KnownQueries(config, cache, str(recipe)), recipe)
+    task_inputs = TaskInputs(inputs, DocumentIndexes(inputs), KnownQueries(config, cache, str(recipe)), recipe)
     return [
-        TaskRun(task, target, config.seed, task_inputs)
-        for task, target in zip(config.tasks, compute_row_targets(config.tasks, config.max_rows), strict=True)
+        TaskRun(task, target_rows, config.seed, task_inputs)
+        for task, target_rows in zip(config.tasks, compute_row_targets(config.tasks, config.max_rows), strict=True)
     ]
 
 
@@ -94,16 +94,16 @@ def write_rows(
     config: SynthesisConfig, tasks: Sequence[TaskRun], client: LlmClient, workers: Workers, out: Path
 ) -> dict[str, str]:
     """Write the rows of all tasks. Return the name of the file of each task, empty for one without rows."""
-    with RowFiles(out, config) as files, Progress(config.max_rows, tasks, client) as progress:
+    with RowFiles(out, config) as files, ProgressDisplay(config.max_rows, tasks, client) as display:
         for task in tasks:
-            task.connect(client, workers, progress.show)
-        for task, row in interleave_tasks(tasks):
-            files.add(task.config, row)
-            progress.add_row()
+            task.build_steps(client, workers, display.update)
+        for task, accepted_row in interleave_tasks(tasks):
+            files.add(task.config, accepted_row)
+            display.add_row()
         return {task.config.name: files.get_name(task.config) for task in tasks}
 
 
-class Progress:
+class ProgressDisplay:
     """A progress bar with rows, tokens, their rate, and the share of invalid answers. It is a context manager."""
 
     def __init__(self, max_rows: int | None, tasks: Sequence[TaskRun], client: LlmClient):
@@ -112,7 +112,7 @@ class Progress:
         self._tasks, self._client = tasks, client
         self._start = self._shown_at = time.monotonic()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -122,7 +122,7 @@ class Progress:
         """Count a row."""
         self._bar.update()
 
-    def show(self) -> None:
+    def update(self) -> None:
         """Show the tokens and the share of invalid answers, at most twice a second."""
         now = time.monotonic()
         if now - self._shown_at >= PROGRESS_INTERVAL_S:
@@ -130,7 +130,7 @@ class Progress:
             counts = self._client.counts
             rate = counts.new_tokens / (now - self._start)
             self._bar.set_postfix_str(
-                f"{counts.total:,} tokens, {rate:,.0f}/s, {compute_invalid_share(self._tasks):.0%} invalid"
+                f"{counts.total_tokens:,} tokens, {rate:,.0f}/s, {compute_invalid_share(self._tasks):.0%} invalid"
             )
 
 
@@ -164,10 +164,10 @@ def describe_task(task: TaskRun, file: str) -> dict[str, Any]:
     return {
         "file": file,
         "format": task.rules.format,
-        **task.samples.to_json(),
+        **task.row_stats.to_json(),
         "steps": [{"name": step.name, **describe_step(step.counts)} for step in task.steps],
         "rejected": sort_counts(task.rules.rejected),
-        "groups": {q.by: sort_counts(c) for q, c in zip(task.config.quotas, task.rules.groups, strict=True)},
+        "groups": {q.by: sort_counts(c) for q, c in zip(task.config.quotas, task.rules.quota_counts, strict=True)},
     }
 
 
@@ -184,7 +184,7 @@ def sort_counts(counts: Counter[str]) -> dict[str, int]:
 def check_rows(tasks: Sequence[TaskRun], out: Path) -> None:
     """Log the tasks without rows, with the most frequent reasons. Raise `UserError` if no task has any."""
     for task in tasks:
-        if task.samples.num_rows:
+        if task.row_stats.num_rows:
             continue
         reasons = Counter(task.rules.rejected)
         for step in task.steps:
@@ -195,6 +195,6 @@ def check_rows(tasks: Sequence[TaskRun], out: Path) -> None:
             or "no row was requested"
         )
         line = f"task {task.config.name}: no row was accepted ({main_reasons}). See {out / REPORT_FILE}."
-        if not any(other.samples.num_rows for other in tasks):
+        if not any(other.row_stats.num_rows for other in tasks):
             raise UserError(line)
         log.warning("%s", line)

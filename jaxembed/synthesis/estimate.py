@@ -19,17 +19,17 @@ from jaxembed.synthesis.engine import prepare_tasks
 from jaxembed.synthesis.inputs import InputRows, read_inputs
 from jaxembed.synthesis.output import RECIPE_FILE
 from jaxembed.synthesis.requests import BYTES_PER_TOKEN, estimate_tokens
-from jaxembed.synthesis.retrieval import CANDIDATES
+from jaxembed.synthesis.retrieval import CANDIDATES_FIELD
 from jaxembed.synthesis.steps import make_request
 from jaxembed.synthesis.tasks import TaskRun
 
 SAMPLED_DRAFTS = 20  # drafts whose prompts are made
 MAX_SHOWN_PROMPT_CHARS = 2000  # of a prompt
-ASSUMED_ITEMS = 10  # length of a list, if its limits allow it
-ASSUMED_SHARE = 0.5  # length of an answer, relative to max_tokens
+ASSUMED_LIST_ITEMS = 10  # length of a list, if its limits allow it
+ASSUMED_ANSWER_SHARE = 0.5  # length of an answer, relative to max_tokens
 ASSUMPTIONS = (
-    f"{BYTES_PER_TOKEN} bytes a token, answers of {ASSUMED_SHARE:.0%} of max_tokens, lists of {ASSUMED_ITEMS} items where "
-    "allowed, all answers valid, no row dropped. Write a few rows into OUT first for an estimate from real answers."
+    f"{BYTES_PER_TOKEN} bytes a token, answers of {ASSUMED_ANSWER_SHARE:.0%} of max_tokens, lists of {ASSUMED_LIST_ITEMS} "
+    "items where allowed, all answers valid, no row dropped. Write a few rows into OUT first for an estimate from real answers."
 )
 log = logging.getLogger("jaxembed")
 
@@ -72,13 +72,13 @@ def _scale_report(config: SynthesisConfig, model: str, out: Path) -> dict[str, A
     if config.max_rows is None or not (out / REPORT_FILE).exists() or not (out / RECIPE_FILE).exists():
         return None
     report, identity = read_json(out / REPORT_FILE), read_json(out / RECIPE_FILE)
-    rows = sum(task["rows"] for task in report["tasks"].values())
+    num_rows = sum(task["rows"] for task in report["tasks"].values())
     is_same = identity["recipe"] == config.name and identity["version"] == config.version and model in ("", identity["model"])
-    if not is_same or not rows:
+    if not is_same or not num_rows:
         return None
     names = ("requests", "prompt_tokens", "completion_tokens")
-    counts = {name: math.ceil(report["tokens"][name] * config.max_rows / rows) for name in names}
-    return {"dry_run": True, "rows": config.max_rows, **counts, "based_on": f"{rows:,} rows in {out}"}
+    counts = {name: math.ceil(report["tokens"][name] * config.max_rows / num_rows) for name in names}
+    return {"dry_run": True, "rows": config.max_rows, **counts, "based_on": f"{num_rows:,} rows in {out}"}
 
 
 def _estimate_costs(task: TaskRun, config: SynthesisConfig, inputs: Mapping[str, InputRows]) -> list[StepCost]:
@@ -101,22 +101,28 @@ def _sample_step(
 ) -> tuple[StepCost, Draft, str]:
     """Return the cost of a step for a draft, the draft with an assumed answer, and the prompt."""
     if isinstance(step, AskStepConfig):
-        step_values = draw_values(task.values[step.name], step.distinct, make_rng(seed, (*draft.path, step.name)))
-        request = make_request(step, draft, step_values, "", None)
-        items = min(max(ASSUMED_ITEMS, step.answer.items.min_items), step.answer.items.max_items)
-        drafts_out = step.repeat * (items if step.answer.type == "list" else 1)
-        tokens = ASSUMED_SHARE * step.sampling.max_tokens
-        text = "x" * int(tokens * BYTES_PER_TOKEN / (items if step.answer.type == "list" else len(step.answer.field_names)))
+        drawn_values = draw_values(task.choices[step.name], step.distinct, make_rng(seed, (*draft.path, step.name)))
+        request = make_request(step, draft, drawn_values, "", None)
+        num_items = min(max(ASSUMED_LIST_ITEMS, step.answer.items.min_items), step.answer.items.max_items)
+        drafts_out = step.repeat * (num_items if step.answer.type == "list" else 1)
+        answer_tokens = ASSUMED_ANSWER_SHARE * step.sampling.max_tokens
+        text = "x" * int(
+            answer_tokens * BYTES_PER_TOKEN / (num_items if step.answer.type == "list" else len(step.answer.field_names))
+        )
         cost = StepCost(
             step.repeat,
             step.repeat * (estimate_tokens(request.system) + estimate_tokens(request.prompt)),
-            step.repeat * tokens,
+            step.repeat * answer_tokens,
             drafts_out,
         )
-        return cost, draft.add(step.name, {**step_values, **dict.fromkeys(step.answer.field_names, text)}), request.prompt
+        return (
+            cost,
+            draft.add_fields(step.name, {**drawn_values, **dict.fromkeys(step.answer.field_names, text)}),
+            request.prompt,
+        )
     if isinstance(step, RetrieveStepConfig):
-        rows = list(range(min(step.k, len(inputs[step.input]))))
-        return StepCost(0, 0, 0, 1), draft.add(step.name, {CANDIDATES: rows}), ""
+        indices = list(range(min(step.k, len(inputs[step.input]))))
+        return StepCost(0, 0, 0, 1), draft.add_fields(step.name, {CANDIDATES_FIELD: indices}), ""
     if isinstance(step, RankStepConfig):
         return _sample_ranking(step, draft, task, inputs)
     return StepCost(0, 0, 0, 1), draft, ""
@@ -126,30 +132,30 @@ def _sample_ranking(
     step: RankStepConfig, draft: Draft, task: TaskRun, inputs: Mapping[str, InputRows]
 ) -> tuple[StepCost, Draft, str]:
     """Return the cost of a rank step for a draft, the draft with a positive and a negative, and a prompt."""
-    documents = inputs[task.config.find_candidates_of(step).input]
-    rows = [documents[row] for row in draft.fields[step.candidates][CANDIDATES]]
+    documents = inputs[task.config.find_retrieve_step(step).input]
+    candidates = [documents[i] for i in draft.fields[step.candidates][CANDIDATES_FIELD]]
     prompts = []
     relevance, likelihood = step.relevance, step.likelihood
     for template in [*([relevance.prompt] if relevance else []), *([likelihood.prompt] if likelihood else [])]:
-        for row in rows:
+        for candidate in candidates:
             candidate_values = {
-                "candidate.text": join_title_and_text(row),
-                "candidate.title": str(row.get("title") or ""),
+                "candidate.text": join_title_and_text(candidate),
+                "candidate.title": str(candidate.get("title") or ""),
                 "candidate.id": "",
             }
             prompts.append(fill_template(template, draft, candidate_values))
-    text = join_title_and_text(rows[0])
+    text = join_title_and_text(candidates[0])
     cost = StepCost(len(prompts), sum(map(estimate_tokens, prompts)), len(prompts), 1)
-    return cost, draft.add(step.name, {"positive": text, "negative": text, "is_relabeled": False}), prompts[0]
+    return cost, draft.add_fields(step.name, {"positive": text, "negative": text, "is_relabeled": False}), prompts[0]
 
 
 def _sum_costs(costs: list[StepCost], task: TaskRun) -> dict[str, float]:
     """Return the rows, requests and tokens of a task. Each step processes only the drafts that its rows need."""
-    draft_count = sum(1 for _ in task.start_drafts())
-    rows = draft_count * math.prod(cost.drafts_out for cost in costs)
-    rows = rows if task.target is None else min(rows, task.target)
-    totals: dict[str, float] = {"rows": rows, "requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
-    num_drafts = float(rows)
+    num_first_drafts = sum(1 for _ in task.start_drafts())
+    num_rows = num_first_drafts * math.prod(cost.drafts_out for cost in costs)
+    num_rows = num_rows if task.target_rows is None else min(num_rows, task.target_rows)
+    totals: dict[str, float] = {"rows": num_rows, "requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
+    num_drafts = float(num_rows)
     for cost in reversed(costs):
         num_drafts = math.ceil(num_drafts / cost.drafts_out)
         totals["requests"] += num_drafts * cost.requests

@@ -57,7 +57,7 @@ def hash_inputs(inputs: dict[str, InputRows]) -> str:
     return digest.hexdigest()
 
 
-def read_values(config: AskStepConfig, recipe: Path) -> dict[str, WeightedChoices]:
+def read_choices(config: AskStepConfig, recipe: Path) -> dict[str, WeightedChoices]:
     """Return the possible values of the placeholders of a step. Relative paths are also looked up next to the recipe."""
     return {name: weight_choices(_list_choices(values, recipe), values) for name, values in config.values.items()}
 

@@ -27,7 +27,7 @@ RECIPE_FILE = "recipe.json"
 ANSWERS_FILE = Path("answers") / "answers.jsonl"
 PROVENANCE_FOLDER = "provenance"
 # Fields that must match to continue an output, in the order in which differences are reported.
-IDENTITY = {
+IDENTITY_FIELDS = {
     "recipe": "recipe",
     "version": "version",
     "model": "model",
@@ -52,7 +52,7 @@ def prepare_folder(out: Path, identity: Mapping[str, Any]) -> None:
     path = out / RECIPE_FILE
     if path.exists():
         recorded = read_json(path)
-        for key, name in IDENTITY.items():
+        for key, name in IDENTITY_FIELDS.items():
             if recorded.get(key) != identity[key]:
                 values = ""
                 if key in ("recipe", "version", "model"):
@@ -96,9 +96,11 @@ class RowFiles:
     def add(self, task: TaskConfig, accepted_row: AcceptedRow) -> None:
         """Write a row and its provenance."""
         if task.name not in self._files:
-            first, second = (self._open(path) for path in self._list_paths(task))
-            self._files[task.name] = first, second
-        for file, content in zip(self._files[task.name], (accepted_row.row, self._describe(task, accepted_row)), strict=True):
+            rows_file, provenance_file = (self._open(path) for path in self._list_paths(task))
+            self._files[task.name] = rows_file, provenance_file
+        for file, content in zip(
+            self._files[task.name], (accepted_row.row, self._make_provenance(task, accepted_row)), strict=True
+        ):
             file.write(json.dumps(content, ensure_ascii=False) + "\n")
 
     def get_name(self, task: TaskConfig) -> str:
@@ -114,13 +116,15 @@ class RowFiles:
         partial = self._stack.enter_context(atomic_write(path))
         return self._stack.enter_context(partial.open("w", encoding="utf-8"))
 
-    def _describe(self, task: TaskConfig, accepted_row: AcceptedRow) -> dict[str, Any]:
+    def _make_provenance(self, task: TaskConfig, accepted_row: AcceptedRow) -> dict[str, Any]:
         """Return the provenance of a row."""
         draft = accepted_row.draft
         steps = {step.name: step for step in task.steps if isinstance(step, AskStepConfig)}
-        values = {name: {key: draft.fields[name][key] for key in step.values} for name, step in steps.items() if step.values}
-        origin = {"input": task.first.per, "input_row": draft.source_row + 1} if task.first.per else {}
+        drawn_values = {
+            name: {key: draft.fields[name][key] for key in step.values} for name, step in steps.items() if step.values
+        }
+        origin = {"input": task.first.per, "input_row": draft.source_index + 1} if task.first.per else {}
         return {
             "recipe": self._config.name, "version": self._config.version, "task": task.name, "model": draft.model,
-            "time": draft.time, **origin, "values": values, "requests": list(draft.keys),
+            "time": draft.time, **origin, "values": drawn_values, "requests": list(draft.request_keys),
         }  # fmt: skip

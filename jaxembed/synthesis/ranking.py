@@ -14,8 +14,8 @@ from jaxembed.search.fusion import fuse_rankings
 from jaxembed.synthesis.drafts import Draft, fill_template, make_request_seed, make_rng
 from jaxembed.synthesis.endpoints import OptionRefusedError, TooLongError
 from jaxembed.synthesis.requests import Answer, Request
-from jaxembed.synthesis.retrieval import CANDIDATES, DocumentIndex
-from jaxembed.synthesis.steps import CONTEXT_OVERFLOW, NO_ANSWER, Step, TaskContext
+from jaxembed.synthesis.retrieval import CANDIDATES_FIELD, DocumentIndex
+from jaxembed.synthesis.steps import CONTEXT_OVERFLOW, NO_VALID_ANSWER, Step, TaskContext
 from jaxembed.synthesis.workers import Job
 
 TOO_FEW_CANDIDATES = "fewer than two candidates"
@@ -26,17 +26,17 @@ class CandidateScores(NamedTuple):
 
     Attributes:
         draft: The draft.
-        scores: Scores of the candidates in each ranking; larger is better. -inf: no valid answer.
+        scores: For each ranking, the scores of the candidates; larger is better. -inf: no valid answer.
         answers: All answers.
-        invalid: Reasons of the answers that were not valid.
-        keys: Keys of the requests.
+        invalid: Why answers were not valid, one reason for each.
+        request_keys: Keys of the answered requests.
     """
 
     draft: Draft
     scores: list[list[float]]
     answers: list[Answer]
     invalid: list[str]
-    keys: tuple[str, ...]
+    request_keys: tuple[str, ...]
 
 
 class RankStep(Step):
@@ -50,41 +50,43 @@ class RankStep(Step):
     def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
         """Yield the drafts with `positive`, `negative` and `is_relabeled`."""
         jobs = map(self._make_job, self._iter_with_candidates(drafts))
-        for result in self._context.workers.run_in_order(jobs, lambda num_results: self._context.window()):
+        for result in self._context.workers.run_in_order(jobs, lambda num_results: self._context.get_max_in_progress()):
             self.counts.answers += len(result.answers)
             self.counts.invalid.update(result.invalid)
-            self._context.show_progress()
-            usable = [scores for scores in result.scores if max(scores) > -math.inf]
-            if not usable:
-                self.counts.dropped[NO_ANSWER] += 1
+            self._context.update_progress()
+            usable_scores = [scores for scores in result.scores if max(scores) > -math.inf]
+            if not usable_scores:
+                self.counts.dropped[NO_VALID_ANSWER] += 1
                 continue
-            yield self.emit(self._choose(result, fuse_scores(usable, self._config.fusion_k)))
+            yield self.count_output(self._choose_documents(result, fuse_scores(usable_scores, self._config.fusion_k)))
 
     def _iter_with_candidates(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
-        for draft in self.iter_counted(drafts):
-            if len(self._list_candidates(draft)) < 2:
+        for draft in self.iter_inputs(drafts):
+            if len(self._get_candidates(draft)) < 2:
                 self.counts.dropped[TOO_FEW_CANDIDATES] += 1
             else:
                 yield draft
 
-    def _list_candidates(self, draft: Draft) -> list[int]:
-        candidates: list[int] = draft.fields[self._config.candidates][CANDIDATES]
-        return candidates
+    def _get_candidates(self, draft: Draft) -> list[int]:
+        """Return the indices of the documents that are the candidates of a draft."""
+        indices: list[int] = draft.fields[self._config.candidates][CANDIDATES_FIELD]
+        return indices
 
     def _make_job(self, draft: Draft) -> Job[CandidateScores]:
         rankings = [
-            [self._make_request(draft, row, kind) for row in self._list_candidates(draft)]
+            [self._make_request(draft, candidate, kind) for candidate in self._get_candidates(draft)]
             for kind in ("relevance", "likelihood")
             if getattr(self._config, kind) is not None
         ]
-        max_tokens = sum(request.max_tokens for requests in rankings for request in requests)
-        return Job(lambda: self._score(draft, rankings), max_tokens)
+        reserved_tokens = sum(request.max_total_tokens for requests in rankings for request in requests)
+        return Job(lambda: self._score(draft, rankings), reserved_tokens)
 
-    def _make_request(self, draft: Draft, row: int, kind: str) -> Request:
-        document = self._index.rows[row]
-        candidate_values = {"candidate.text": self._index.texts[row]}
+    def _make_request(self, draft: Draft, candidate: int, kind: str) -> Request:
+        """Return the request that scores a candidate of a draft. `kind` is relevance or likelihood."""
+        document = self._index.documents[candidate]
+        candidate_values = {"candidate.text": self._index.texts[candidate]}
         candidate_values |= {f"candidate.{field}": str(document.get(field) or "") for field in ("title", "id")}
-        seed = make_request_seed(self._context.seed, (*draft.path, self.name, kind, row))
+        seed = make_request_seed(self._context.seed, (*draft.path, self.name, kind, candidate))
         request = Request(self._context.client.model, "", self._config.sampling, seed)
         if kind == "likelihood" and self._config.likelihood:
             prompt, query = (
@@ -100,9 +102,9 @@ class RankStep(Step):
         return dataclasses.replace(request, prompt=prompt, system=system, grades=self._config.relevance.grades)
 
     def _score(self, draft: Draft, rankings: list[list[Request]]) -> tuple[CandidateScores, int]:
-        """Return the scores of all candidates, and the tokens that they cost. This runs in a thread."""
+        """Return the scores of all candidates, and the number of tokens that they used. This runs in a thread."""
         result = CandidateScores(draft, [[-math.inf] * len(requests) for requests in rankings], [], [], ())
-        keys: list[str] = []
+        request_keys: list[str] = []
         for requests, scores in zip(rankings, result.scores, strict=True):
             for i, request in enumerate(requests):
                 try:
@@ -113,28 +115,31 @@ class RankStep(Step):
                 except OptionRefusedError:
                     break  # this server gives no likelihood
                 result.answers.append(answer)
-                keys.append(request.key)
+                request_keys.append(request.key)
                 score = answer.likelihood if request.scored_text else read_grade(answer, request.grades)
                 if score is None:
                     result.invalid.append(f"no {'likelihood' if request.scored_text else 'grade'}")
                 else:
                     scores[i] = score
-        return result._replace(keys=tuple(keys)), sum(answer.num_tokens for answer in result.answers)
+        return result._replace(request_keys=tuple(request_keys)), sum(answer.total_tokens for answer in result.answers)
 
-    def _choose(self, result: CandidateScores, order: Sequence[int]) -> Draft:
-        """Return the draft with its positive and negative, given the order of its candidates, best first."""
-        draft, candidates = result.draft, self._list_candidates(result.draft)
+    def _choose_documents(self, result: CandidateScores, order: Sequence[int]) -> Draft:
+        """Return the draft with its positive and negative. `order` has the positions of its candidates, best first."""
+        draft, candidates = result.draft, self._get_candidates(result.draft)
         last = len(order) - 1
         rng = make_rng(self._context.seed, (*draft.path, self.name))
         rank = last if self._config.hard_negative == "last" else int(rng.integers(1, last + 1))
-        best, other = candidates[order[0]], candidates[order[rank]]
-        newest = max(result.answers, key=lambda answer: answer.time)
+        positive, negative = candidates[order[0]], candidates[order[rank]]
+        latest = max(result.answers, key=lambda answer: answer.time)
         draft = dataclasses.replace(
-            draft, keys=(*draft.keys, *result.keys), time=max(draft.time, newest.time), model=newest.model
+            draft,
+            request_keys=(*draft.request_keys, *result.request_keys),
+            time=max(draft.time, latest.time),
+            model=latest.model,
         )
         texts = self._index.texts
-        fields = {"positive": texts[best], "negative": texts[other], "is_relabeled": best != draft.source_row}
-        return draft.add(self.name, fields)
+        fields = {"positive": texts[positive], "negative": texts[negative], "is_relabeled": positive != draft.source_index}
+        return draft.add_fields(self.name, fields)
 
 
 def read_grade(answer: Answer, grades: Sequence[str]) -> float | None:
@@ -151,7 +156,7 @@ def read_grade(answer: Answer, grades: Sequence[str]) -> float | None:
 
 
 def fuse_scores(scores: Sequence[Sequence[float]], fusion_k: int) -> list[int]:
-    """Return the order of candidates by reciprocal rank fusion, best first (Cormack, Clarke and Büttcher 2009).
+    """Return the positions of the candidates by reciprocal rank fusion, best first (Cormack, Clarke and Büttcher 2009).
 
     Args:
         scores: Scores of the candidates in each ranking; larger is better. Ties keep the order of the candidates.

@@ -40,7 +40,7 @@ class DiversityMeter:
         return {f"distinct_{n}": round(len(seen) / max(self._counts[n], 1), 4) for n, seen in self._distinct.items()}
 
 
-class RowSamples:
+class AcceptedRowStats:
     """Counts, samples and diversity of the accepted rows of a task."""
 
     def __init__(self, seed: int):
@@ -81,16 +81,16 @@ def render_page(report: Mapping[str, Any]) -> str:
 
 def _render_task(name: str, task: Mapping[str, Any]) -> list[str]:
     """Return the section of a task."""
-    rows = [(s["name"], s["drafts_in"], s["answers"], sum(s["invalid"].values()), s["drafts_out"]) for s in task["steps"]]
+    step_rows = [(s["name"], s["drafts_in"], s["answers"], sum(s["invalid"].values()), s["drafts_out"]) for s in task["steps"]]
     reasons = [(s["name"], kind, *item) for s in task["steps"] for kind in ("invalid", "dropped") for item in s[kind].items()]
     reasons += [("row", "rejected", *item) for item in task["rejected"].items()]
-    groups = [(by, *item) for by, counts in task["groups"].items() for item in counts.items()]
+    groups = [(quota, *item) for quota, counts in task["groups"].items() for item in counts.items()]
     diversity = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in task["diversity"].items())
     return [
         f"<h2>{escape(name)}</h2>",
         f"<p>{task['rows']:,} rows ({task['format']}) in {escape(task['file'] or 'no file')}; mean length of a text: "
         f"{task['mean_chars']:,} characters; {diversity}.</p>",
-        render_table(["step", "drafts in", "answers", "invalid answers", "drafts out"], rows),
+        render_table(["step", "drafts in", "answers", "invalid answers", "drafts out"], step_rows),
         render_table(["step", "what", "reason", "count"], reasons) if reasons else "",
         render_table(["quota", "group", "rows"], groups) if groups else "",
         render_samples("Samples", task["samples"]),

@@ -11,6 +11,7 @@ from typing import Any
 from jaxembed.config.synthesis_steps import SamplingConfig
 
 BYTES_PER_TOKEN = 4  # in UTF-8, for texts whose tokens no server has counted
+MAX_TEMPLATE_TOKENS = 100  # that a chat template adds to a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Request:
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
-    def max_tokens(self) -> int:
-        """An upper bound of the tokens that the request costs: one per byte, and 100 for the chat template."""
-        texts = (self.system, self.prompt, self.scored_text)
-        return sum(count_utf8_bytes(text) for text in texts) + 100 + self.sampling.max_tokens
+    def max_total_tokens(self) -> int:
+        """An upper estimate of the tokens of prompt and answer together. Each byte of the prompt counts as one token."""
+        num_bytes = sum(count_utf8_bytes(text) for text in (self.system, self.prompt, self.scored_text))
+        return num_bytes + MAX_TEMPLATE_TOKENS + self.sampling.max_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Answer:
     likelihood: float | None = None
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens of prompt and answer."""
+    def total_tokens(self) -> int:
+        """Tokens of prompt and answer together."""
         return self.prompt_tokens + self.completion_tokens
 
 

@@ -1,4 +1,4 @@
-"""Steps that search the documents of an input: candidates for a query, and round-trip filtering of queries."""
+"""Steps that search the documents of an input: retrieval of candidates for a query, and round-trip filtering of queries."""
 
 from __future__ import annotations
 
@@ -23,41 +23,46 @@ if TYPE_CHECKING:
     from jaxembed.hub.embedder import Embedder
 
 QUERIES_PER_CALL = 64  # queries encoded in one batch
-CANDIDATES = "candidates"
+CANDIDATES_FIELD = "candidates"  # field of a draft: the indices of the retrieved documents
 NOT_FOUND = "its query does not find its document"
 
 
 class DocumentIndex:
-    """The documents of an input, searched by BM25 or by the vectors of a model. The index is built at the first search."""
+    """The documents of an input, searched by BM25 or by the vectors of a model. The index is built at the first search.
 
-    def __init__(self, name: str, rows: InputRows, by: str):
+    Attributes:
+        documents: Rows of the input.
+        texts: Title and text of each document.
+    """
+
+    def __init__(self, input_name: str, documents: InputRows, retriever: str):
         """Check the documents.
 
         Args:
-            name: Name of the input.
-            rows: Its rows.
-            by: bm25, or a MODEL.
+            input_name: Name of the input.
+            documents: Its rows.
+            retriever: bm25, or a MODEL.
 
         Raises:
             UserError: A row has no text.
         """
-        for number, row in enumerate(rows, 1):
-            if problem := check_passage(row):
-                raise UserError(f"inputs.{name}: row {number}: {problem}. Rows that are searched need a text.")
-        self.rows, self._by = rows, by
-        self.texts = [join_title_and_text(row) for row in rows]
+        for row_number, document in enumerate(documents, 1):
+            if problem := check_passage(document):
+                raise UserError(f"inputs.{input_name}: row {row_number}: {problem}. Rows that are searched need a text.")
+        self.documents, self._retriever = documents, retriever
+        self.texts = [join_title_and_text(document) for document in documents]
 
     def search(self, queries: Sequence[str], k: int) -> list[list[int]]:
-        """Return the rows of the k nearest documents of each query, best first. BM25 omits documents without a common term."""
-        if self._by == BM25:
-            rows, scores = self._bm25.search(queries, k)
-            return [
-                [int(row) for row, score in zip(*result, strict=True) if score > 0] for result in zip(rows, scores, strict=True)
-            ]
+        """Return the indices of the k nearest documents of each query, nearest first.
+
+        BM25 leaves out documents that have no term in common with the query.
+        """
+        if self._retriever == BM25:
+            ranked = zip(*self._bm25.search(queries, k), strict=True)
+            return [[int(i) for i, score in zip(indices, scores, strict=True) if score > 0] for indices, scores in ranked]
         from jaxembed.search.nearest import search
 
-        rows = search(self._encode(queries, "query"), self._vectors, k).rows
-        return [[int(row) for row in query_rows] for query_rows in rows]
+        return search(self._encode(queries, "query"), self._vectors, k).rows.tolist()
 
     @functools.cached_property
     def _bm25(self) -> Bm25Index:
@@ -67,7 +72,7 @@ class DocumentIndex:
     def _embedder(self) -> Embedder:
         from jaxembed.hub.embedder import Embedder
 
-        return Embedder.load(self._by)
+        return Embedder.load(self._retriever)
 
     @functools.cached_property
     def _vectors(self) -> np.ndarray:
@@ -81,18 +86,18 @@ class DocumentIndex:
 
 
 class RetrieveStep(Step):
-    """Adds the rows of the documents nearest to a query to a draft, as the field `candidates`."""
+    """Adds the indices of the documents nearest to a query to a draft, as the field `candidates`."""
 
     def __init__(self, config: RetrieveStepConfig, context: TaskContext, index: DocumentIndex):
         """Start without drafts."""
         super().__init__(config)
-        self._config, self._context, self.index = config, context, index
+        self._config, self._context, self._index = config, context, index
 
     def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
         """Yield the drafts with candidates."""
         config = self._config
-        for draft, candidates in search_drafts(self.iter_counted(drafts), config.query, self.index, config.k, self._context):
-            yield self.emit(draft.add(self.name, {CANDIDATES: candidates}))
+        for draft, candidates in search_drafts(self.iter_inputs(drafts), config.query, self._index, config.k, self._context):
+            yield self.count_output(draft.add_fields(self.name, {CANDIDATES_FIELD: candidates}))
 
 
 class RoundTripStep(Step):
@@ -106,10 +111,10 @@ class RoundTripStep(Step):
     def run(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
         """Yield the drafts whose query retrieves their document."""
         config, texts = self._config, self._index.texts
-        for draft, candidates in search_drafts(self.iter_counted(drafts), config.query, self._index, config.k, self._context):
-            source = draft.source_row
-            if source in candidates or normalize_text(texts[source]) in {normalize_text(texts[row]) for row in candidates}:
-                yield self.emit(draft)
+        for draft, found in search_drafts(self.iter_inputs(drafts), config.query, self._index, config.k, self._context):
+            source = draft.source_index
+            if source in found or normalize_text(texts[source]) in {normalize_text(texts[i]) for i in found}:
+                yield self.count_output(draft)
             else:
                 self.counts.dropped[NOT_FOUND] += 1
 
@@ -117,6 +122,6 @@ class RoundTripStep(Step):
 def search_drafts(
     drafts: Iterator[Draft], query: str, index: DocumentIndex, k: int, context: TaskContext
 ) -> Iterator[tuple[Draft, list[int]]]:
-    """Yield each draft with the rows of the documents nearest to its query. Queries are searched in batches."""
-    while batch := list(itertools.islice(drafts, min(context.window(), QUERIES_PER_CALL))):
+    """Yield each draft with the indices of the documents nearest to its query. Queries are searched in batches."""
+    while batch := list(itertools.islice(drafts, min(context.get_max_in_progress(), QUERIES_PER_CALL))):
         yield from zip(batch, index.search([fill_template(query, draft) for draft in batch], k), strict=True)

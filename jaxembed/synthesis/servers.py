@@ -17,11 +17,11 @@ from jaxembed.synthesis.endpoints import Endpoints, OptionRefusedError, ServerOp
 from jaxembed.synthesis.requests import Answer, Request, estimate_tokens
 
 log = logging.getLogger("jaxembed")
-ECHO = "logprobs of a prompt"  # the option that scoring a text needs
+PROMPT_LOGPROBS = "logprobs of a prompt"  # the option that scoring a text needs
 RESPONSE_FORMAT = "response_format"
 MAX_LOGPROBS = 20  # OpenAI's limit on top_logprobs
-# How answers are structured: the first way that a server does not refuse.
-SCHEMA, SCHEMA_WITHOUT_LIMITS, JSON, TEXT = range(4)
+# Ways to ask for a structured answer. After a server refuses one, the next is used.
+SCHEMA, SCHEMA_WITHOUT_LIMITS, JSON_MODE, PLAIN_TEXT = range(4)
 STRUCTURE_NAMES = ("a JSON schema", "a JSON schema without limits", "JSON", "text that is parsed")
 
 
@@ -37,7 +37,7 @@ class LlmServers:
         self.options = options
         self._endpoints = Endpoints(options)
         self._structure = SCHEMA
-        self._refused: set[str] = set()
+        self._refused_options: set[str] = set()
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -53,24 +53,24 @@ class LlmServers:
             UserError: The server cannot be used.
         """
         send = self._score if request.scored_text else self._chat
-        if request.scored_text and ECHO in self._refused:
-            raise OptionRefusedError(ECHO, "refused before")
+        if request.scored_text and PROMPT_LOGPROBS in self._refused_options:
+            raise OptionRefusedError(PROMPT_LOGPROBS, "refused before")
         while True:
-            structure, refused_options = self._structure, frozenset(self._refused)
+            structure, refused_options = self._structure, frozenset(self._refused_options)
             try:
                 return self._endpoints.call(lambda client: send(client, request))
             except OptionRefusedError as refusal:
-                if refusal.option in refused_options or (refusal.option == RESPONSE_FORMAT and structure == TEXT):
+                if refusal.option in refused_options or (refusal.option == RESPONSE_FORMAT and structure == PLAIN_TEXT):
                     raise UserError(
                         f"--server: refuses {refusal.option}, which was not in the request ({refusal}). Check the server's log."
                     ) from None
                 self._note_refusal(refusal, structure)
-                if refusal.option == ECHO:
+                if refusal.option == PROMPT_LOGPROBS:
                     raise
 
     def _supports(self, option: str) -> bool:
         """Return whether no server has refused an option so far."""
-        return option not in self._refused
+        return option not in self._refused_options
 
     def _note_refusal(self, refusal: OptionRefusedError, structure: int) -> None:
         """Leave out an option from now on, and log it once. `structure` is the way in which the request asked for structure."""
@@ -82,8 +82,8 @@ class LlmServers:
                     log.info(
                         "the server refuses %s (%s); answers are requested as %s", STRUCTURE_NAMES[structure], refusal, name
                     )
-            elif refusal.option not in self._refused:
-                self._refused.add(refusal.option)
+            elif refusal.option not in self._refused_options:
+                self._refused_options.add(refusal.option)
                 log.info("the server refuses %s (%s); requests leave it out", refusal.option, refusal)
 
     def _chat(self, client: Any, request: Request) -> Answer:
@@ -108,10 +108,10 @@ class LlmServers:
             options = {"prompt": text, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
             content = self._send(client.completions, options, request)
         except (openai.BadRequestError, openai.NotFoundError, openai.UnprocessableEntityError) as error:
-            raise OptionRefusedError(ECHO, summarize(self.options.redact(error.message))) from None
+            raise OptionRefusedError(PROMPT_LOGPROBS, summarize(self.options.redact(error.message))) from None
         choice, tokens = read_echo(content)
         if not tokens:
-            raise OptionRefusedError(ECHO, "none in the answer")
+            raise OptionRefusedError(PROMPT_LOGPROBS, "none in the answer")
         values = [logprob for offset, logprob in tokens.items() if len(request.prompt) <= offset < len(text)]
         mean = math.fsum(values) / len(values) if values else math.nan
         return dataclasses.replace(self._make_answer(request, choice), likelihood=finite_or_none(mean))
@@ -134,23 +134,23 @@ class LlmServers:
 
     def _list_options(self, request: Request) -> dict[str, Any]:
         """Return the options of a chat request that the server has not refused."""
-        limit = "max_tokens" if self._supports("max_tokens") else "max_completion_tokens"
+        limit_name = "max_tokens" if self._supports("max_tokens") else "max_completion_tokens"
         sampling = request.sampling
         options = {
-            limit: sampling.max_tokens,
+            limit_name: sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": request.seed,
         }
         if request.grades and self._supports("logprobs"):
             options |= {"logprobs": True, "top_logprobs": MAX_LOGPROBS}
-        return {name: value for name, value in options.items() if name == limit or self._supports(name)}
+        return {name: value for name, value in options.items() if name == limit_name or self._supports(name)}
 
     def _structure_options(self, request: Request) -> dict[str, Any]:
         """Return the option that makes the server enforce a schema."""
-        if request.schema is None or self._structure == TEXT:
+        if request.schema is None or self._structure == PLAIN_TEXT:
             return {}
-        if self._structure == JSON:
+        if self._structure == JSON_MODE:
             return {RESPONSE_FORMAT: {"type": "json_object"}}
         schema = request.schema if self._structure == SCHEMA else drop_limits(request.schema)
         json_schema = {"name": "answer", "strict": True, "schema": schema}

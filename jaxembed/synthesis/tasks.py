@@ -20,16 +20,16 @@ from jaxembed.synthesis.acceptance import AcceptedRow, KnownQueries, RowRules
 from jaxembed.synthesis.answers import AnswerReader
 from jaxembed.synthesis.client import LlmClient
 from jaxembed.synthesis.drafts import Draft, make_rng
-from jaxembed.synthesis.inputs import InputRows, read_values
+from jaxembed.synthesis.inputs import InputRows, read_choices
 from jaxembed.synthesis.novelty import find_language_code, find_language_problem, open_language_identifier
 from jaxembed.synthesis.ranking import RankStep
-from jaxembed.synthesis.report import RowSamples
+from jaxembed.synthesis.report import AcceptedRowStats
 from jaxembed.synthesis.retrieval import DocumentIndex, RetrieveStep, RoundTripStep
 from jaxembed.synthesis.steps import AskStep, FilterStep, Step, TaskContext
 from jaxembed.synthesis.workers import Workers
 
 
-class Indexes:
+class DocumentIndexes:
     """The indexes of all inputs. Steps that search the same documents in the same way share an index."""
 
     def __init__(self, inputs: Mapping[str, InputRows]):
@@ -37,26 +37,27 @@ class Indexes:
         self._inputs = inputs
         self._indexes: dict[tuple[str, str], DocumentIndex] = {}
 
-    def get(self, name: str, by: str) -> DocumentIndex:
-        """Return the index of an input. Raise `UserError` if a row has no text."""
-        if (name, by) not in self._indexes:
-            self._indexes[name, by] = DocumentIndex(name, self._inputs[name], by)
-        return self._indexes[name, by]
+    def get(self, input_name: str, retriever: str) -> DocumentIndex:
+        """Return the index of an input for bm25 or a MODEL. Raise `UserError` if a row has no text."""
+        key = input_name, retriever
+        if key not in self._indexes:
+            self._indexes[key] = DocumentIndex(input_name, self._inputs[input_name], retriever)
+        return self._indexes[key]
 
 
 class TaskInputs(NamedTuple):
     """Inputs that the tasks of a recipe share.
 
     Attributes:
-        rows: Rows of the inputs.
+        rows: Rows of each input.
         indexes: Their searchable documents.
-        known: Queries of earlier rows.
+        known_queries: Queries of earlier rows and of existing training files.
         recipe: File of the recipe. Relative paths are also looked up next to it.
     """
 
     rows: Mapping[str, InputRows]
-    indexes: Indexes
-    known: KnownQueries
+    indexes: DocumentIndexes
+    known_queries: KnownQueries
     recipe: Path
 
 
@@ -65,28 +66,29 @@ class TaskRun:
 
     Attributes:
         config: The section of the task.
-        target: Rows to write; None for all.
+        target_rows: Number of rows to write; None for no limit.
         rules: Decides which rows are accepted.
         steps: The steps.
-        samples: Counts and samples of the accepted rows.
+        row_stats: Counts and samples of the accepted rows.
+        choices: Possible values of the placeholders of each ask step, by its name.
     """
 
-    def __init__(self, config: TaskConfig, target: int | None, seed: int, inputs: TaskInputs):
-        """Prepare the rules. `connect` builds the steps.
+    def __init__(self, config: TaskConfig, target_rows: int | None, seed: int, inputs: TaskInputs):
+        """Prepare the rules. `build_steps` builds the steps.
 
         Args:
             config: The section of the task.
-            target: Rows to write; None for all.
+            target_rows: Number of rows to write; None for no limit.
             seed: Seed of all draws.
             inputs: Inputs that all tasks share.
         """
-        self.config, self.target = config, target
-        self.rules = RowRules(config, inputs.known, target)
-        self.samples = RowSamples(seed)
+        self.config, self.target_rows = config, target_rows
+        self.rules = RowRules(config, inputs.known_queries, target_rows)
+        self.row_stats = AcceptedRowStats(seed)
         self.steps: list[Step] = []
         self._seed, self._inputs, self._indexes = seed, inputs.rows, inputs.indexes
         ask_steps = [step for step in config.steps if isinstance(step, AskStepConfig)]
-        self.values = {step.name: read_values(step, inputs.recipe) for step in ask_steps}
+        self.choices = {step.name: read_choices(step, inputs.recipe) for step in ask_steps}
         if any(rule.language for step in ask_steps for rule in (*step.answer.fields.values(), step.answer.items)):
             open_language_identifier()  # fails early if a library is missing
             find_language_code("")
@@ -94,16 +96,16 @@ class TaskRun:
     @property
     def is_full(self) -> bool:
         """Whether the task has all its rows."""
-        return self.target is not None and self.samples.num_rows >= self.target
+        return self.target_rows is not None and self.row_stats.num_rows >= self.target_rows
 
     @property
-    def progress(self) -> float:
-        """(Accepted rows + 1) / weight. The task with the smallest value goes next."""
-        return (self.samples.num_rows + 1) / self.config.weight
+    def rows_per_weight(self) -> float:
+        """(Accepted rows + 1) / weight. The task with the smallest value yields the next row."""
+        return (self.row_stats.num_rows + 1) / self.config.weight
 
-    def connect(self, client: LlmClient, workers: Workers, show_progress: Callable[[], None]) -> None:
-        """Build the steps and chain them into one stream of rows."""
-        context = TaskContext(self._seed, client, workers, lambda: self._window(workers.threads), show_progress)
+    def build_steps(self, client: LlmClient, workers: Workers, update_progress: Callable[[], None]) -> None:
+        """Build the steps, and chain them into one stream of rows."""
+        context = TaskContext(self._seed, client, workers, lambda: self._get_max_in_progress(workers.threads), update_progress)
         self.steps = [self._make_step(step, context) for step in self.config.steps]
         self._rows = self._iter_rows()
 
@@ -111,9 +113,9 @@ class TaskRun:
         """Return the next row, or None if there are no more."""
         return None if self.is_full else next(self._rows, None)
 
-    def _window(self, threads: int) -> int:
-        """Return the maximum number of drafts in progress in a step: no more than the missing rows."""
-        missing = threads if self.target is None else self.target - self.samples.num_rows
+    def _get_max_in_progress(self, threads: int) -> int:
+        """Return how many drafts of a step may be in progress at once: no more than rows are missing."""
+        missing = threads if self.target_rows is None else self.target_rows - self.row_stats.num_rows
         return max(min(threads, missing), 1)
 
     def _iter_rows(self) -> Iterator[AcceptedRow]:
@@ -121,15 +123,15 @@ class TaskRun:
         for step in self.steps:
             drafts = step.run(drafts)
         for draft in drafts:
-            if accepted_row := self.rules.check(draft):
-                self.samples.add(accepted_row.row)
+            if accepted_row := self.rules.accept(draft):
+                self.row_stats.add(accepted_row.row)
                 yield accepted_row
         for step in self.steps:
             if isinstance(step, AskStep):
-                step.raise_if_all_too_long()
+                step.raise_if_all_overflow()
 
     def start_drafts(self) -> Iterator[Draft]:
-        """Yield the drafts of the first step: a number for each request, or the rows of an input in random order."""
+        """Yield the drafts that start the task: `requests` empty ones, or the rows of an input in random order."""
         first = self.config.first
         if not first.per:
             yield from (Draft((self.config.name, i), {}) for i in range(first.requests or 0))
@@ -140,25 +142,25 @@ class TaskRun:
 
     def _make_step(self, config: AnySynthesisStep, context: TaskContext) -> Step:
         if isinstance(config, AskStepConfig):
-            return AskStep(config, context, AnswerReader(config.answer, find_language_problem), self.values[config.name])
+            return AskStep(config, context, AnswerReader(config.answer, find_language_problem), self.choices[config.name])
         if isinstance(config, FilterStepConfig):
             return FilterStep(config)
         if isinstance(config, RetrieveStepConfig):
             return RetrieveStep(config, context, self._indexes.get(config.input, config.by))
         if isinstance(config, RoundTripStepConfig):
             return RoundTripStep(config, context, self._indexes.get(config.input, config.by))
-        source = self.config.find_candidates_of(config)
-        return RankStep(config, context, self._indexes.get(source.input, source.by))
+        retrieve_step = self.config.find_retrieve_step(config)
+        return RankStep(config, context, self._indexes.get(retrieve_step.input, retrieve_step.by))
 
 
-def compute_row_targets(tasks: Sequence[TaskConfig], rows: int | None) -> list[int | None]:
-    """Divide `rows` among the tasks by weight (largest remainder). None: no limit."""
-    if rows is None:
+def compute_row_targets(tasks: Sequence[TaskConfig], max_rows: int | None) -> list[int | None]:
+    """Divide `max_rows` among the tasks by weight (largest remainder method). None: no limit."""
+    if max_rows is None:
         return [None] * len(tasks)
     weights = np.array([task.weight for task in tasks])
-    shares = rows * weights / weights.sum()
+    shares = max_rows * weights / weights.sum()
     targets = np.floor(shares).astype(int)
-    targets[np.argsort(targets - shares, kind="stable")[: rows - int(targets.sum())]] += 1
+    targets[np.argsort(targets - shares, kind="stable")[: max_rows - int(targets.sum())]] += 1
     return targets.tolist()
 
 
@@ -166,7 +168,7 @@ def interleave_tasks(tasks: Sequence[TaskRun]) -> Iterator[tuple[TaskRun, Accept
     """Yield the rows of all tasks. The next row comes from the task with the fewest rows relative to its weight."""
     active = list(tasks)
     while active:
-        task = min(active, key=lambda task: task.progress)
+        task = min(active, key=lambda task: task.rows_per_weight)
         if (row := task.take_row()) is None:
             active.remove(task)
         else:

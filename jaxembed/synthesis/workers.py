@@ -12,13 +12,18 @@ T = TypeVar("T")
 
 
 class Job(NamedTuple, Generic[T]):
-    """What a thread runs, and the most tokens that it may cost. It returns a result, and the tokens that it cost."""
+    """Work for a thread.
+
+    Attributes:
+        run: The work. It returns a result, and the number of tokens that it used.
+        reserved_tokens: Tokens to reserve from the budget while the job runs: the most that it may use.
+    """
 
     run: Callable[[], tuple[T, int]]
-    max_tokens: int
+    reserved_tokens: int
 
 
-class Budget:
+class TokenBudget:
     """A token budget for jobs. A job starts only if the budget covers it and all running jobs at their maximum cost.
 
     So the first job that does not start depends only on the cost of earlier jobs, not on their timing.
@@ -27,30 +32,30 @@ class Budget:
     def __init__(self, tokens: int | None):
         """Start with this many tokens. None: no limit."""
         self.is_spent = False
-        self._left = tokens
-        self._reserved = 0
-        self._changed = threading.Condition()
+        self._remaining_tokens = tokens
+        self._reserved_tokens = 0
+        self._condition = threading.Condition()
 
     def reserve(self, tokens: int) -> bool:
         """Wait until the tokens fit into the budget, and reserve them. Return False if they never will."""
-        with self._changed:
-            if self._left is None:
+        with self._condition:
+            if self._remaining_tokens is None:
                 return True
-            while not self.is_spent and self._reserved + tokens > self._left:
-                if not self._reserved:
+            while not self.is_spent and self._reserved_tokens + tokens > self._remaining_tokens:
+                if not self._reserved_tokens:
                     self.is_spent = True
                 else:
-                    self._changed.wait()
-            self._reserved += 0 if self.is_spent else tokens
+                    self._condition.wait()
+            self._reserved_tokens += 0 if self.is_spent else tokens
             return not self.is_spent
 
-    def settle(self, reserved: int, used_tokens: int) -> None:
-        """Replace the reservation of a job by what it used."""
-        with self._changed:
-            if self._left is not None:
-                self._reserved -= reserved
-                self._left -= used_tokens
-                self._changed.notify_all()
+    def settle(self, reserved_tokens: int, used_tokens: int) -> None:
+        """Replace the reservation of a job by the tokens that it used."""
+        with self._condition:
+            if self._remaining_tokens is not None:
+                self._reserved_tokens -= reserved_tokens
+                self._remaining_tokens -= used_tokens
+                self._condition.notify_all()
 
 
 class Workers:
@@ -60,7 +65,7 @@ class Workers:
     that have not started are dropped.
     """
 
-    def __init__(self, threads: int, budget: Budget):
+    def __init__(self, threads: int, budget: TokenBudget):
         """Start `threads` threads."""
         self.threads, self.budget = threads, budget
         self._pool = ThreadPoolExecutor(threads, "synthesize")
@@ -71,29 +76,30 @@ class Workers:
     def __exit__(self, error_type: type[BaseException] | None, *rest: object) -> None:
         self._pool.shutdown(wait=error_type is None, cancel_futures=error_type is not None)
 
-    def run_in_order(self, jobs: Iterable[Job[T]], window: Callable[[int], int]) -> Iterator[T]:
+    def run_in_order(self, jobs: Iterable[Job[T]], get_max_in_progress: Callable[[int], int]) -> Iterator[T]:
         """Yield the results of jobs, in their order. Stop early when the budget is spent.
 
         Args:
             jobs: The jobs. They are consumed only as far as needed.
-            window: Returns the maximum number of jobs in progress, at least 1, given the number of results so far.
+            get_max_in_progress: Returns how many jobs may be in progress at once, at least 1, given the number of results
+                so far.
         """
-        source: Iterator[Job[T]] | None = iter(jobs)
-        running: deque[Future[T]] = deque()
+        remaining_jobs: Iterator[Job[T]] | None = iter(jobs)
+        in_progress: deque[Future[T]] = deque()
         num_results = 0
         while True:
-            # Fill the window, as far as the budget allows.
-            while source is not None and len(running) < window(num_results):
-                job = next(source, None)
-                if job is None or not self.budget.reserve(job.max_tokens):
-                    source = None
+            # Start as many jobs as may be in progress, as far as the budget allows.
+            while remaining_jobs is not None and len(in_progress) < get_max_in_progress(num_results):
+                job = next(remaining_jobs, None)
+                if job is None or not self.budget.reserve(job.reserved_tokens):
+                    remaining_jobs = None
                 else:
-                    running.append(self._pool.submit(self._run, job))
+                    in_progress.append(self._pool.submit(self._run, job))
             # Wait for the oldest job, so that results keep the order of the jobs.
-            if not running:
+            if not in_progress:
                 return
             num_results += 1
-            yield running.popleft().result()
+            yield in_progress.popleft().result()
 
     def _run(self, job: Job[T]) -> T:
         used_tokens = 0
@@ -101,4 +107,4 @@ class Workers:
             result, used_tokens = job.run()
             return result
         finally:
-            self.budget.settle(job.max_tokens, used_tokens)
+            self.budget.settle(job.reserved_tokens, used_tokens)

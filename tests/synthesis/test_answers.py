@@ -15,7 +15,7 @@ from jaxembed.synthesis.answers import AnswerReader, InvalidAnswerError, drop_li
 from jaxembed.synthesis.novelty import SeenTexts, find_language_code, find_language_problem
 from jaxembed.synthesis.requests import Answer, Request
 from jaxembed.synthesis.store import AnswerStore
-from jaxembed.synthesis.workers import Budget, Job, Workers
+from jaxembed.synthesis.workers import Job, TokenBudget, Workers
 
 OBJECT = {
     "type": "object",
@@ -132,17 +132,17 @@ def test_results_come_in_the_order_of_the_jobs_and_stop_at_the_budget() -> None:
 
         return Job(run, 15)
 
-    with Workers(4, Budget(None)) as workers:
+    with Workers(4, TokenBudget(None)) as workers:
         assert list(workers.run_in_order(map(make_job, range(20)), lambda taken: 4)) == list(range(20))
     # 13 jobs cost 130; a 14th may need 15.
     for threads in (1, 3, 8):
-        with Workers(threads, Budget(144)) as workers:
+        with Workers(threads, TokenBudget(144)) as workers:
             assert list(workers.run_in_order(map(make_job, range(20)), lambda taken: 8)) == list(range(13))
             assert workers.budget.is_spent
 
 
 def test_dropped_jobs_release_their_reservation() -> None:
-    budget = Budget(100)
+    budget = TokenBudget(100)
     with Workers(1, budget) as workers:
         results = workers.run_in_order((Job(lambda: (time.sleep(0.01), 1), 20) for _ in range(9)), lambda taken: 5)
         next(results)
