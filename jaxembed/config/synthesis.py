@@ -13,7 +13,7 @@ A recipe has inputs (optional), and tasks. A task has steps and a row:
         steps:
           - name: tasks
             kind: ask
-            requests: 400            # the first step has requests or per: INPUT
+            requests: 400            # drafts to start; or per: INPUT, one for each of its rows
             prompt: |
               Brainstorm a list of search tasks in {domain}. Answer with a JSON list of strings.
             values:                  # of placeholders without another source
@@ -74,13 +74,13 @@ class QuotaConfig(Section):
     """Limit the rows of a task that share a value. Further rows are rejected."""
 
     by: NonEmpty = Field(
-        description='Key by which rows are grouped: a template such as "{tasks.language}"; language: the detected language '
-        "of the first document; or length: its characters, rounded down to a power of two."
+        description='What groups the rows: a template such as "{tasks.language}"; language, the detected language of the first '
+        "document; or length, the characters of the first document, rounded down to a power of two."
     )
-    max_rows: Positive | None = Field(None, description="Maximum rows of a group.")
+    max_rows: Positive | None = Field(None, description="Maximum number of rows of a group.")
     max_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None,
-        description="Maximum rows of a group, as a share of all rows of the task. Needs max_rows of the recipe.",
+        description="Maximum rows of a group, as a share of the rows of the task. Needs max_rows of the recipe.",
     )
 
     @model_validator(mode="after")
@@ -98,10 +98,10 @@ class TaskConfig(Section):
     steps: tuple[AnySynthesisStep, ...] = Field(min_length=1)
     row: dict[RowField, str | tuple[str, ...]] = Field(
         min_length=1,
-        description="Fields of a training row, each a template or a list of templates. A template that is one placeholder "
-        "keeps the type of its value, such as the number of a score.",
+        description="Fields of a training row, each a template or a list of templates. A template that is a single placeholder "
+        "keeps the type of its value, such as a number.",
     )
-    quotas: tuple[QuotaConfig, ...] = Field((), description="Limits on rows that share a value.")
+    quotas: tuple[QuotaConfig, ...] = Field((), description="Limits on the number of rows that share a value.")
 
     @model_validator(mode="after")
     def _check_steps(self) -> TaskConfig:
@@ -163,28 +163,37 @@ class SynthesisConfig(Section):
 
     name: NonEmpty = Field(description="Name of the recipe, for the provenance of its rows.")
     version: Positive = Field(1, description="Version of the prompts, for the provenance of the rows.")
-    seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of all draws, and of the seeds that the server gets.")
+    seed: int = Field(
+        0, ge=0, le=2**31 - 1, description="Seed of all random draws, including the seeds that are sent to the server."
+    )
     max_rows: Positive | None = Field(
-        None, description="Number of rows to write, of all tasks. Default: all that the steps yield."
+        None, description="Number of rows to write, of all tasks together. Default: all that the steps yield."
     )
     inputs: dict[Name, str] = Field(
         {},
-        description="Files or folders of rows, which start drafts or are searched. The user must set an empty path: "
-        "inputs.NAME=PATH.",
+        description="Files or folders of rows, by name. Tasks start from their rows, or search them. An empty path must be "
+        "set with inputs.NAME=PATH.",
     )
     input_chars: Positive = Field(
-        20000, description="Maximum characters of an input field in a template. Longer values are truncated."
+        20000, description="Maximum characters of each field of an input row. Longer texts are truncated."
     )
     existing: tuple[SourceConfig, ...] = Field(
         (),
-        description="Training files, as in the data section of training. A row whose query occurs in them is rejected.",
+        description="Existing training files, with the keys of data.sources of a training config. A row whose query occurs in "
+        "them is rejected as a duplicate.",
         json_schema_extra={"nested_rows": False},
     )
     duplicates: Literal["none", "exact", "near"] = Field(
-        "near", description="Reject a row whose query equals the query of an earlier row (exact), or nearly so (near)."
+        "near",
+        description="Reject a row whose query equals (exact) or nearly equals (near) that of an earlier row, or of a row of "
+        "existing.",
     )
     threshold: float = Field(
-        0.8, ge=0.5, le=1, description="Near: minimum Jaccard index of the character n-grams of two texts, estimated."
+        0.8,
+        ge=0.5,
+        le=1,
+        description="Minimum Jaccard index of the character n-grams of two nearly equal queries, estimated. It applies to "
+        "duplicates: near, not to unique: near of a step, which always uses 0.8.",
     )
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
 

@@ -16,19 +16,19 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 
 
 class ValuesConfig(Section):
-    """The values of a placeholder. One is drawn for each request.
+    """The possible values of a placeholder. One is drawn for each request.
 
     In YAML: a list of values, a mapping from value to weight, or a mapping {file: PATH} with one value per line or row.
     """
 
-    choices: tuple[str, ...] = Field((), description="The values.")
+    choices: tuple[str, ...] = Field((), description="The possible values.")
     weights: tuple[float, ...] = Field((), description="Weight of each value. Default: all equal.")
     file: str = Field(
         "",
-        description="File of the values: lines of text, or rows. A relative path is looked up in the working folder, then "
-        "beside the recipe.",
+        description="File of the possible values: lines of text, or rows. A relative path is looked up in the working folder, "
+        "then next to the recipe.",
     )
-    field: NonEmpty = Field("text", description="Field of the rows of `file` that holds the value.")
+    field: NonEmpty = Field("text", description="Field of the rows of file that holds the value.")
 
     @model_validator(mode="before")
     @classmethod
@@ -61,17 +61,17 @@ class FieldConfig(Section):
     """A field of an answer and its valid values."""
 
     type: Literal["string", "number", "integer", "choice", "list"] = Field("string", description="Type of the value.")
-    choices: tuple[str, ...] = Field((), description="choice: the valid values.")
-    minimum: float | None = Field(None, description="number and integer: smallest valid value.")
-    maximum: float | None = Field(None, description="number and integer: largest valid value.")
+    choices: tuple[str, ...] = Field((), description="Type choice: the valid values.")
+    minimum: float | None = Field(None, description="Type number or integer: smallest valid value. Default: no limit.")
+    maximum: float | None = Field(None, description="Type number or integer: largest valid value. Default: no limit.")
     min_chars: int = Field(1, ge=0, description="Minimum characters of a string, or of each string of a list.")
     max_chars: Positive = Field(20000, description="Maximum characters of a string, or of each string of a list.")
-    min_items: int = Field(1, ge=0, description="list: minimum number of strings.")
-    max_items: Positive = Field(100, description="list: maximum number of strings.")
+    min_items: int = Field(1, ge=0, description="Minimum number of strings of a list.")
+    max_items: Positive = Field(100, description="Maximum number of strings of a list.")
     language: str = Field(
         "",
-        description="Language that the strings must have: an English name, an ISO 639-1 code, or a placeholder such as "
-        '"{language}". Texts that are short or doubtful pass. Default: any.',
+        description="Language of the strings: its English name, its ISO 639-1 code, or a placeholder such as "
+        '"{language}". A text whose language is not certain, such as a short one, is valid too. Default: any language.',
     )
 
     @field_validator("choices", mode="before")
@@ -98,15 +98,20 @@ class AnswerConfig(Section):
     surrounded by text.
     """
 
-    type: Literal["text", "list", "object"] = Field("text", description="Type of the answer.")
-    fields: dict[Name, FieldConfig] = Field({}, description="object: its fields.")
+    type: Literal["text", "list", "object"] = Field(
+        "text",
+        description="text: the answer as it is. list: a JSON list of strings, each of which becomes a separate draft. object: "
+        "a JSON object with the given fields.",
+    )
+    fields: dict[Name, FieldConfig] = Field({}, description="Type object: the fields of the answer.")
     items: FieldConfig = Field(
-        FieldConfig(), description="text: its rules. list: the rules of each string, and the number of strings."
+        FieldConfig(),
+        description="Type text: the rules of the text. Type list: the rules of each string, and how many strings there may be.",
     )
     reject: Patterns = Field(
         (),
-        description="Regular expressions. An answer with a string that contains a match is not valid. Refusals, such as "
-        "strings that start with I'm sorry, are never valid.",
+        description="Regular expressions. An answer is invalid if one of its strings contains a match. Refusals, such as "
+        "strings that start with I'm sorry, are always invalid.",
     )
 
     @model_validator(mode="after")
@@ -148,19 +153,34 @@ class AskStepConfig(SynthesisStepConfig):
     """Send a prompt to the model for each draft that reaches the step."""
 
     kind: Literal["ask"] = "ask"
-    requests: Positive | None = Field(None, description="First step: number of requests. Each one starts a draft.")
-    per: str = Field("", description="First step: an input. Each of its rows starts a draft. Set requests or per.")
-    repeat: Positive = Field(1, description="Requests for each draft. Each one draws its own values.")
+    requests: Positive | None = Field(
+        None, description="First step only: number of drafts to start. Set either requests or per."
+    )
+    per: str = Field(
+        "", description="First step only: name of an input, each row of which starts a draft. Set either requests or per."
+    )
+    repeat: Positive = Field(
+        1, description="Number of requests for each draft. Each one draws its own values, and gives a separate draft."
+    )
     system: str = Field("", description="Template of the system prompt. Default: none.")
     prompt: NonEmpty = Field(description="Template of the prompt.")
-    values: dict[Name, ValuesConfig] = Field({}, description="Values of the placeholders that have no other source.")
-    distinct: tuple[str, ...] = Field((), description="Placeholders whose values must differ from each other in a request.")
+    values: dict[Name, ValuesConfig] = Field(
+        {}, description="Placeholders of this step, and their possible values. One value of each is drawn for each request."
+    )
+    distinct: tuple[str, ...] = Field(
+        (), description="Placeholders that must have different values in a request, such as two languages."
+    )
     sampling: SamplingConfig = SamplingConfig()
     answer: AnswerConfig = AnswerConfig()
     unique: Literal["none", "exact", "near"] = Field(
-        "none", description="Drop an answer that equals (exact) or nearly equals (near) an earlier one. For a list: each item."
+        "none",
+        description="Drop an answer, or a string of a list, that equals (exact) or nearly equals (near) an earlier one of this "
+        "step. Nearly equal: a Jaccard index of the character n-grams of at least 0.8, estimated. The threshold of the recipe "
+        "does not apply.",
     )
-    attempts: Positive = Field(3, description="Maximum number of requests for one valid answer.")
+    attempts: Positive = Field(
+        3, description="Maximum number of requests for a valid answer. If none is valid, the draft is dropped."
+    )
 
     @property
     def field_names(self) -> tuple[str, ...]:
@@ -191,9 +211,9 @@ class AskStepConfig(SynthesisStepConfig):
 class SearchStepConfig(SynthesisStepConfig):
     """The keys of all steps that search the documents of an input."""
 
-    input: Name = Field("documents", description="Input whose rows are searched: their title and text.")
+    input: Name = Field("documents", description="Name of the input to search. The title and text of its rows are searched.")
     query: NonEmpty = Field(description="Template of the query.")
-    by: NonEmpty = Field(BM25, description="bm25, or a MODEL: a run directory, folder, or hub id.")
+    by: NonEmpty = Field(BM25, description="Retriever: bm25, or a MODEL (a run directory, folder, or hub id).")
 
     def list_templates(self) -> dict[str, str]:
         """Return the templates of the step by key."""
@@ -204,15 +224,15 @@ class RetrieveStepConfig(SearchStepConfig):
     """Find the documents of an input that are nearest to a query."""
 
     kind: Literal["retrieve"] = "retrieve"
-    k: Positive = Field(20, description="Number of documents.")
+    k: Positive = Field(20, description="Number of documents to retrieve.")
 
 
 class RelevanceConfig(Section):
     """Grades that the model gives candidates. If the server returns logprobs, the expected grade is used."""
 
     system: str = Field("", description="Template of the system prompt. Default: none.")
-    prompt: NonEmpty = Field(description="Template of the prompt. {candidate.text} is the candidate.")
-    grades: tuple[str, ...] = Field(min_length=2, description="The answers, from irrelevant to relevant, such as ['0', '1'].")
+    prompt: NonEmpty = Field(description="Template of the prompt. {candidate.text} is the text of the candidate.")
+    grades: tuple[str, ...] = Field(min_length=2, description="The grades, from least to most relevant, such as ['0', '1'].")
 
     @field_validator("grades", mode="before")
     @classmethod
@@ -227,7 +247,9 @@ class LikelihoodConfig(Section):
     It needs a server whose completions return the logprobs of the prompt (`echo`), such as vLLM. With others, it is skipped.
     """
 
-    prompt: NonEmpty = Field(description="Template of the text before the query. {candidate.text} is the candidate.")
+    prompt: NonEmpty = Field(
+        description="Template of the text before the query. {candidate.text} is the text of the candidate."
+    )
 
 
 class RankStepConfig(SynthesisStepConfig):
@@ -238,13 +260,17 @@ class RankStepConfig(SynthesisStepConfig):
     """
 
     kind: Literal["rank"] = "rank"
-    candidates: Name = Field(description="Name of the retrieve step.")
+    candidates: Name = Field(description="Name of the retrieve step whose documents are ranked.")
     query: NonEmpty = Field(description="Template of the query.")
-    relevance: RelevanceConfig | None = Field(None, description="Rank by grades.")
-    likelihood: LikelihoodConfig | None = Field(None, description="Rank by the likelihood of the query.")
-    fusion_k: Positive = Field(60, description="Constant of reciprocal rank fusion (Cormack et al. 2009).")
+    relevance: RelevanceConfig | None = Field(None, description="Rank by grades that the model gives to the candidates.")
+    likelihood: LikelihoodConfig | None = Field(
+        None, description="Rank by the likelihood of the query given the candidate. Skipped if the server cannot compute it."
+    )
+    fusion_k: Positive = Field(
+        60, description="Constant k of reciprocal rank fusion, which sums 1 / (k + rank) (Cormack et al. 2009)."
+    )
     hard_negative: Literal["last", "random"] = Field(
-        "last", description="The hard negative: the last candidate, or a random one below the best (Gecko, section 3.2)."
+        "last", description="Rank of the hard negative: the last one, or a random one below the best (Gecko, section 3.2)."
     )
     sampling: SamplingConfig = SamplingConfig(temperature=0, max_tokens=16)
 
@@ -280,18 +306,20 @@ class RoundTripStepConfig(SearchStepConfig):
     """Keep a draft only if its document is among the nearest to its query (Alberti et al. 2019, arXiv:1906.05416)."""
 
     kind: Literal["round_trip"] = "round_trip"
-    input: Name = Field("documents", description="Input whose rows are searched. The first step must name it in per.")
-    k: Positive = Field(1, description="The draft's document must be among this many nearest documents.")
+    input: Name = Field(
+        "documents", description="Name of the input to search. It must be the one that per of the first step names."
+    )
+    k: Positive = Field(1, description="Keep a draft if its document is among the k nearest.")
 
 
 class FilterStepConfig(SynthesisStepConfig):
     """Keep a draft only if a value meets a condition."""
 
     kind: Literal["filter"] = "filter"
-    value: NonEmpty = Field(description='Template of the value, such as "{judge.score}".')
-    minimum: float | None = Field(None, description="Smallest number to keep.")
-    maximum: float | None = Field(None, description="Largest number to keep.")
-    allowed: tuple[str, ...] = Field((), description="Texts to keep.")
+    value: NonEmpty = Field(description='Template of the value to check, such as "{judge.score}".')
+    minimum: float | None = Field(None, description="Smallest number to keep. Default: no limit.")
+    maximum: float | None = Field(None, description="Largest number to keep. Default: no limit.")
+    allowed: tuple[str, ...] = Field((), description="Texts to keep. If set, minimum and maximum are not read.")
 
     def list_templates(self) -> dict[str, str]:
         """Return the templates of the step by key."""

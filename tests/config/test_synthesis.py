@@ -89,5 +89,6 @@ def test_inputs_must_be_named(tmp_path: Path) -> None:
 def test_the_table_of_keys_lists_kinds_and_nested_fields() -> None:
     rows = make_key_table(SynthesisConfig)
     assert "| `tasks[].steps[].kind` | required | One of ask, retrieve, rank, round_trip, filter. |" in rows
-    assert "`tasks[].steps[].answer.fields.KEY.max_chars`" in rows and "| rank: Rank by grades. |" in rows
+    assert "`tasks[].steps[].answer.fields.KEY.max_chars`" in rows
+    assert "| rank: Rank by grades that the model gives to the candidates. |" in rows
     assert "| `tasks[].steps[].sampling.max_tokens` | `16` | rank: Maximum tokens" in rows  # SamplingConfig has 1024
