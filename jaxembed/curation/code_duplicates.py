@@ -10,7 +10,7 @@ from zlib import crc32
 import numpy as np
 
 from jaxembed.curation.minhash import compute_signatures, hash_bands, import_rensa
-from jaxembed.curation.ngrams import hash_runs, mix
+from jaxembed.curation.ngrams import hash_runs, mix_bits
 
 MIN_JACCARD = 0.7  # minimum Jaccard index of the token shingles of near duplicates
 SHINGLE_TOKENS = 3
@@ -41,7 +41,7 @@ class NearDuplicateFilter:
 def hash_shingles(code: str) -> np.ndarray:
     """Return the distinct hashes of all runs of `SHINGLE_TOKENS` tokens, uint64 [N], sorted. Shorter code has one hash."""
     tokens = np.array([_hash_token(token) for token in re.findall(r"\w+|[^\w\s]", code)], np.uint64)
-    return np.unique(mix(hash_runs(tokens, min(SHINGLE_TOKENS, len(tokens)))))
+    return np.unique(mix_bits(hash_runs(tokens, min(SHINGLE_TOKENS, len(tokens)))))
 
 
 @lru_cache(maxsize=1 << 16)

@@ -93,10 +93,10 @@ def _render_lengths(report: Mapping[str, Any]) -> Iterable[str]:
 def _render_histogram(before: Mapping[str, int], after: Mapping[str, int]) -> str:
     """Return a table of bars: texts before and after, by length."""
     ranges = sorted({*before, *after}, key=lambda label: int(label.split("–")[0]))
-    most = max([*before.values(), *after.values()])
+    max_count = max([*before.values(), *after.values()])
     cells = "".join(
         f'<tr><td class="n">{label}</td><td class="n">{before.get(label, 0):,}</td><td class="n">{after.get(label, 0):,}</td>'
-        f'<td><span class="bar" style="width:{20 * after.get(label, 0) / most:.2f}rem"></span></td></tr>'
+        f'<td><span class="bar" style="width:{20 * after.get(label, 0) / max_count:.2f}rem"></span></td></tr>'
         for label in ranges
     )
     return f"<table><tr><th>characters</th><th>before</th><th>after</th><th></th></tr>{cells}</table>"

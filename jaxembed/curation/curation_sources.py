@@ -14,7 +14,7 @@ from jaxembed.data.sampling import iter_rows
 from jaxembed.data.schema import Row
 from jaxembed.data.sources import open_rows, open_source
 
-BUILT_PAIRS = ("documents", "chat")  # formats whose rows a sampler turns into pairs
+PAIR_BUILDING_FORMATS = ("documents", "chat")  # formats whose rows a sampler turns into pairs
 
 
 class CuratedSource(NamedTuple):
@@ -48,12 +48,12 @@ def open_curated_sources(configs: Sequence[SourceConfig], cache: Path, where: st
 def _open_source(config: SourceConfig, name: str, cache: Path) -> CuratedSource:
     def locate(number: int) -> str:
         """Return the file and line of a row. For pairs that are built from several rows or templates: the pair's number."""
-        if isinstance(rows, IndexedRows) and format_name not in BUILT_PAIRS:
+        if isinstance(rows, IndexedRows) and format_name not in PAIR_BUILDING_FORMATS:
             return rows.locate(number - 1)
         return f"{config.path}: pair {number}"
 
     format_name, rows = open_rows(config, cache)
-    if format_name in BUILT_PAIRS:
+    if format_name in PAIR_BUILDING_FORMATS:
         source = open_source(config, cache)
         return CuratedSource(name, config.path, "pairs", source.digest, len(source), source.iter_pairs, locate)
     curated_format = format_name if format_name in SINGLE_FIELDS else "pairs"

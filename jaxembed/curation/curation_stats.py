@@ -53,7 +53,7 @@ class CurationStepStats:
 
     def __init__(self, source_names: Sequence[str], seed: int):
         """Start without rows."""
-        self._names, self._seed = source_names, seed
+        self._source_names, self._seed = source_names, seed
         self._rows_in, self._rows_out, self._changed = Counter[str](), Counter[str](), Counter[str]()
         self._reasons = {"dropped": Counter[str](), "changed": Counter[str]()}
         self._samples = {"dropped": TopSamples(), "changed": TopSamples()}
@@ -70,7 +70,7 @@ class CurationStepStats:
 
     def add(self, before: CuratedRow, outcome: StepOutcome) -> None:
         """Count a row that went through the step."""
-        name = self._names[before.source]
+        name = self._source_names[before.source]
         self._rows_in[name] += 1
         if outcome.row is not None:
             self._rows_out[name] += 1
@@ -89,7 +89,7 @@ class CurationStepStats:
         return {
             "sources": {
                 name: {"in": self._rows_in[name], "out": self._rows_out[name], "changed": self._changed[name]}
-                for name in self._names
+                for name in self._source_names
             },
             "reasons": {kind: dict(sorted(counts.items())) for kind, counts in self._reasons.items()},
             "samples": {kind: samples.to_list() for kind, samples in self._samples.items()},
@@ -101,14 +101,14 @@ class RowStats:
 
     def __init__(self, source_names: Sequence[str], seed: int):
         """Start without rows."""
-        self._names, self._seed = source_names, seed
+        self._source_names, self._seed = source_names, seed
         self._rows = Counter[str]()
         self._lengths = {name: {side: Counter[int]() for side in ALL_SIDES} for name in source_names}
         self._samples = {kind: TopSamples() for kind in ("random", "longest", "strangest")}
 
     def add(self, curated: CuratedRow) -> None:
         """Count a row."""
-        name = self._names[curated.source]
+        name = self._source_names[curated.source]
         self._rows[name] += 1
         all_texts = []
         for side, counts in self._lengths[name].items():
@@ -131,7 +131,7 @@ class RowStats:
             for name, sides in self._lengths.items()
         }
         return {
-            "sources": {name: {"rows": self._rows[name], "chars": lengths[name]} for name in self._names},
+            "sources": {name: {"rows": self._rows[name], "chars": lengths[name]} for name in self._source_names},
             "samples": {kind: samples.to_list() for kind, samples in self._samples.items()},
         }
 

@@ -28,7 +28,7 @@ from jaxembed.search.nearest import search
 MAX_CLUSTER_TEXTS, MAX_CLUSTER_TEXT_CHARS = 3, 200  # texts that are shown of a cluster
 # Minimum shares of near texts. Two samples of equal size from one distribution have a share of about one half;
 # outliers of a target, which have no near neighbors, give unrelated sources up to 0.1.
-IN_DOMAIN, RELATED = 0.25, 0.15
+MIN_IN_DOMAIN_SHARE, MIN_RELATED_SHARE = 0.25, 0.15
 UNKNOWN_LANGUAGE = "uncertain"
 
 
@@ -105,9 +105,9 @@ def describe_sources(
 def embed_sample(name: str, texts: Iterable[str], count: int, encoder: FrozenEncoder, options: InsightOptions) -> TextSample:
     """Encode at most `options.max_texts` of `count` texts, evenly spread, as queries."""
     step = max(-(-count // options.max_texts), 1)
-    chosen = list(islice(texts, 0, None, step))
-    inputs = [EncoderInput(text, "query", "") for text in chosen]
-    return TextSample(name, chosen, embed_texts(inputs, encoder.encode, encoder.width, name))
+    sampled_texts = list(islice(texts, 0, None, step))
+    inputs = [EncoderInput(text, "query", "") for text in sampled_texts]
+    return TextSample(name, sampled_texts, embed_texts(inputs, encoder.encode, encoder.width, name))
 
 
 def compute_effective_rank(vectors: Float[np.ndarray, "n d"]) -> float:
@@ -165,16 +165,16 @@ def describe_nearness(source: TextSample, target: TextSample) -> dict[str, Any]:
     A target text counts as near if some text of the source is at least as similar to it as its nearest neighbor in the target
     itself. This needs no threshold that depends on the model.
     """
-    own = search(target.vectors, target.vectors, 2).scores[:, -1]  # the first one is the text itself
-    other = search(target.vectors, source.vectors, 1).scores[:, 0]
-    share = float((other >= own).mean())
-    relation = "in-domain" if share >= IN_DOMAIN else "related" if share >= RELATED else "out-of-domain"
+    target_scores = search(target.vectors, target.vectors, 2).scores[:, -1]  # the first one is the text itself
+    source_scores = search(target.vectors, source.vectors, 1).scores[:, 0]
+    share = float((source_scores >= target_scores).mean())
+    relation = "in-domain" if share >= MIN_IN_DOMAIN_SHARE else "related" if share >= MIN_RELATED_SHARE else "out-of-domain"
     return {
         "source": source.name,
         "target": target.name,
         "near_share": round(share, 4),
-        "mean_cosine": round(float(other.mean()), 4),
-        "own_mean_cosine": round(float(own.mean()), 4),
+        "mean_cosine": round(float(source_scores.mean()), 4),
+        "own_mean_cosine": round(float(target_scores.mean()), 4),
         "relation": relation,
     }
 

@@ -51,7 +51,7 @@ class Document(NamedTuple):
 def check_libraries(files: Iterable[Path]) -> None:
     """Raise `UserError` if a library that reads one of the files is not installed."""
     for path in files:
-        library = LIBRARIES.get(path.suffix.lower())
+        library = READER_LIBRARIES.get(path.suffix.lower())
         if library and importlib.util.find_spec(library) is None:
             raise UserError(f"{path}: reading it needs {library}, which is not installed. Run pip install '.[documents]'.")
 
@@ -203,4 +203,4 @@ DOCUMENT_READERS: Mapping[str, Callable[[Path], Document]] = {
     **dict.fromkeys((".html", ".htm", ".xhtml"), read_html),
     ".pdf": read_pdf,
 }
-LIBRARIES = {**dict.fromkeys((".md", ".markdown"), "markdown_it"), ".pdf": "pypdf"}
+READER_LIBRARIES = {**dict.fromkeys((".md", ".markdown"), "markdown_it"), ".pdf": "pypdf"}

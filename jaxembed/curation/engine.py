@@ -47,7 +47,7 @@ from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 from jaxembed.files import atomic_write, exists, lock_folder, read_json, write_json, write_text
 
-UNFINISHED = ".unfinished"
+UNFINISHED_FOLDER = ".unfinished"
 INPUTS_FILE, ROWS_FILE, STAGE_FILE = "inputs.json", "rows.jsonl", "stage.json"
 log = logging.getLogger("jaxembed")
 
@@ -113,7 +113,7 @@ class Curation:
         self.map_in_workers = map_in_workers
         self.config, self.out, self.sources, self.row_steps, self.context = config, out, sources, row_steps, context
         self.stages = split_into_stages(config.steps)
-        self.names = [source.name for source in sources]
+        self.source_names = [source.name for source in sources]
         self.num_rows = sum(source.num_rows for source in sources)
 
     def run(self, inputs_digest: str) -> None:
@@ -139,22 +139,22 @@ class Curation:
         stage, folder = self.stages[index], get_stage_folder(self.out, index)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        (keys := folder / "keys").mkdir()
+        (scratch := folder / "keys").mkdir()
         functions = self._list_functions(index)
-        steps = {i: CurationStepStats(self.names, self.config.seed) for i in functions}
-        rows_in = RowStats(self.names, self.config.seed)
-        with closing(self._iter_rows(index, stage, rows_in)) as rows:  # an error ends the progress bar first
-            curated = self._apply_steps(rows, functions, steps)
+        step_stats = {i: CurationStepStats(self.source_names, self.config.seed) for i in functions}
+        input_stats = RowStats(self.source_names, self.config.seed)
+        with closing(self._iter_rows(index, stage, input_stats)) as rows:  # an error ends the progress bar first
+            kept_rows = self._apply_steps(rows, functions, step_stats)
             if stage.all_rows_step is None:
-                result = self._write_output(curated)
+                result = self._write_output(kept_rows)
             else:
                 result = {}
-                self._decide(stage.all_rows_step, curated, folder, keys)
-        self._check_rows_left(steps, stage)
-        shutil.rmtree(keys)
-        result |= {"digest": digest, "steps": {str(i): stats.to_json() for i, stats in steps.items()}}
+                self._decide(stage.all_rows_step, kept_rows, folder, scratch)
+        self._check_rows_left(step_stats, stage)
+        shutil.rmtree(scratch)
+        result |= {"digest": digest, "steps": {str(i): stats.to_json() for i, stats in step_stats.items()}}
         if index == 0:
-            result["input"] = rows_in.to_json()
+            result["input"] = input_stats.to_json()
         write_json(folder / STAGE_FILE, result)
 
     def _apply_steps(
@@ -184,10 +184,10 @@ class Curation:
                 batch = keep_rows(batch, outcomes)
             yield from batch
 
-    def _decide(self, step_index: int, rows: Iterable[CuratedRow], folder: Path, keys: Path) -> None:
-        """Store the rows of a stage and the decisions of its last step in `folder`. `keys` is for its temporary files."""
+    def _decide(self, step_index: int, rows: Iterable[CuratedRow], folder: Path, scratch: Path) -> None:
+        """Store the rows of a stage and the decisions of its last step in `folder`. `scratch` is for its temporary files."""
         config = self.config.steps[step_index]
-        with closing(make_all_rows_step(config, keys, self.num_rows, self.config, self.context)) as step:
+        with closing(make_all_rows_step(config, scratch, self.num_rows, self.config, self.context)) as step:
             write_rows(folder / ROWS_FILE, rows, step)
             write_decisions(folder, step)
 
@@ -200,9 +200,11 @@ class Curation:
 
     def _iter_rows(self, index: int, stage: CurationStage, stats: RowStats) -> Generator[CuratedRow]:
         """Yield the rows that a stage reads, with a progress bar."""
-        before = () if not index else (self.stages[index - 1].all_rows_step,)
-        names = [self.config.steps[i].name for i in (*before, *stage.row_steps, stage.all_rows_step) if i is not None]
-        description = f"stage {index + 1} of {len(self.stages)} ({', '.join(names) or 'output'})"
+        previous_steps = () if not index else (self.stages[index - 1].all_rows_step,)
+        step_names = [
+            self.config.steps[i].name for i in (*previous_steps, *stage.row_steps, stage.all_rows_step) if i is not None
+        ]
+        description = f"stage {index + 1} of {len(self.stages)} ({', '.join(step_names) or 'output'})"
         if index:
             rows = read_rows(get_stage_folder(self.out, index - 1) / ROWS_FILE, self.sources)
             yield from progress_bar(rows, desc=description, unit="row")
@@ -213,14 +215,14 @@ class Curation:
 
     def _write_output(self, rows: Iterable[CuratedRow]) -> dict[str, Any]:
         """Write one file for each source that has rows left. Return the file names and the statistics of the rows."""
-        files, stats = {}, RowStats(self.names, self.config.seed)
-        for name, extension in itertools.product(self.names, WRITERS):
+        files, stats = {}, RowStats(self.source_names, self.config.seed)
+        for name, extension in itertools.product(self.source_names, WRITERS):
             (self.out / f"{name}{extension}").unlink(missing_ok=True)  # of an earlier attempt with other steps
         for index, source_rows in itertools.groupby(rows, key=lambda row: row.source):
-            path = self.out / f"{self.names[index]}.{self.config.format}"
+            path = self.out / f"{self.source_names[index]}.{self.config.format}"
             with atomic_write(path) as partial:
                 WRITERS[path.suffix](partial, self._select_output(source_rows, stats))
-            files[self.names[index]] = path.name
+            files[self.source_names[index]] = path.name
         return {"files": files, "output": stats.to_json()}
 
     def _select_output(self, rows: Iterable[CuratedRow], stats: RowStats) -> Iterator[dict[str, Any]]:
@@ -233,16 +235,16 @@ class Curation:
                 fields = json.loads(encode_row(fields), parse_constant=lambda name: None)
             yield fields
 
-    def _check_rows_left(self, steps: dict[int, CurationStepStats], stage: CurationStage) -> None:
+    def _check_rows_left(self, step_stats: dict[int, CurationStepStats], stage: CurationStage) -> None:
         """Raise `UserError` if no row reached a step of the stage, or the output."""
-        order = [*steps, *([] if stage.all_rows_step is None else [stage.all_rows_step])]
+        order = [*step_stats, *([] if stage.all_rows_step is None else [stage.all_rows_step])]
         for i, next_step in zip(order, [*order[1:], None], strict=True):
-            if i not in steps or steps[i].has_rows_left:
+            if i not in step_stats or step_stats[i].has_rows_left:
                 continue
             reader = "the output" if next_step is None else f"steps.{next_step} ({self.config.steps[next_step].name})"
             raise UserError(
                 f"{reader}: no row is left, because steps.{i} ({self.config.steps[i].name}) dropped the last ones "
-                f"({steps[i].describe_drops()}). Change that step."
+                f"({step_stats[i].describe_drops()}). Change that step."
             )
 
 
@@ -264,7 +266,7 @@ def read_rows(path: Path, sources: Sequence[CuratedSource]) -> Iterator[CuratedR
 
 def get_stage_folder(out: Path, index: int) -> Path:
     """Return the folder of a stage."""
-    return out / UNFINISHED / str(index)
+    return out / UNFINISHED_FOLDER / str(index)
 
 
 def read_stage_digest(out: Path, index: int) -> str | None:
@@ -275,9 +277,9 @@ def read_stage_digest(out: Path, index: int) -> str | None:
 
 def check_output(out: Path) -> None:
     """Raise `UserError` if an output folder has content that is not an unfinished curation."""
-    if not exists(out) or (out / UNFINISHED / INPUTS_FILE).exists():
+    if not exists(out) or (out / UNFINISHED_FOLDER / INPUTS_FILE).exists():
         return
-    if not out.is_dir() or any(path.name != UNFINISHED for path in out.iterdir()):
+    if not out.is_dir() or any(path.name != UNFINISHED_FOLDER for path in out.iterdir()):
         raise UserError(f"{out}: already exists. Remove it, or name another folder with out.")
 
 
@@ -288,7 +290,7 @@ def lock_output(out: Path, inputs_digest: str) -> Iterator[None]:
     Raises:
         UserError: The folder belongs to other sources, is locked by another process, or cannot be created.
     """
-    folder = out / UNFINISHED
+    folder = out / UNFINISHED_FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -322,7 +324,7 @@ def write_report(config: CurateConfig, out: Path, sources: Sequence[CuratedSourc
 
 def remove_unfinished(out: Path) -> None:
     """Remove the files of the stages. The file that marks an unfinished output is removed last."""
-    folder = out / UNFINISHED
+    folder = out / UNFINISHED_FOLDER
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)

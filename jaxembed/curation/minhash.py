@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxembed.curation.ngrams import mix
+from jaxembed.curation.ngrams import mix_bits
 from jaxembed.errors import UserError
 
 NUM_HASHES = 128  # the standard deviation of the estimate is at most 0.044
 HASH_SEED = 1
-MIN_RECALL = 0.99  # of pairs whose Jaccard index equals the threshold; determines the width of a band
+MIN_RECALL = 0.99  # of pairs whose Jaccard index equals the threshold; determines the number of hashes per band
 
 
 def import_rensa() -> Any:
@@ -31,10 +31,10 @@ def import_rensa() -> Any:
     return rensa.RMinHash
 
 
-def choose_band_hashes(threshold: float) -> int:
-    """Return the widest band with which a pair at the threshold shares a bucket with a probability of at least `MIN_RECALL`."""
-    widths = range(1, NUM_HASHES + 1)
-    return max(width for width in widths if 1 - (1 - threshold**width) ** (NUM_HASHES // width) >= MIN_RECALL)
+def choose_hashes_per_band(threshold: float) -> int:
+    """Return the largest number with which a pair at the threshold shares a bucket with a probability of `MIN_RECALL`."""
+    sizes = range(1, NUM_HASHES + 1)
+    return max(size for size in sizes if 1 - (1 - threshold**size) ** (NUM_HASHES // size) >= MIN_RECALL)
 
 
 def compute_signatures(sets: Sequence[np.ndarray], minhash: Any) -> np.ndarray:
@@ -45,10 +45,11 @@ def compute_signatures(sets: Sequence[np.ndarray], minhash: Any) -> np.ndarray:
     return np.fromiter(values, np.uint32, len(sets) * NUM_HASHES).reshape(len(sets), NUM_HASHES)
 
 
-def hash_bands(signatures: np.ndarray, width: int) -> np.ndarray:
-    """Return the bucket of each band of `width` values, uint64 [bands, N]. Different bands never share a bucket."""
-    buckets = np.repeat(np.arange(NUM_HASHES // width, dtype=np.uint64)[:, None], len(signatures), axis=1)
-    for offset in range(width):
-        columns = signatures[:, offset : offset + NUM_HASHES - NUM_HASHES % width : width]
-        buckets = mix(buckets ^ columns.T.astype(np.uint64))
+def hash_bands(signatures: np.ndarray, hashes_per_band: int) -> np.ndarray:
+    """Return the bucket of each band of each signature, uint64 [bands, N]. Different bands never share a bucket."""
+    num_bands = NUM_HASHES // hashes_per_band
+    buckets = np.repeat(np.arange(num_bands, dtype=np.uint64)[:, None], len(signatures), axis=1)
+    for offset in range(hashes_per_band):
+        columns = signatures[:, offset : offset + num_bands * hashes_per_band : hashes_per_band]
+        buckets = mix_bits(buckets ^ columns.T.astype(np.uint64))
     return buckets

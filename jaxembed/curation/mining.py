@@ -255,7 +255,7 @@ def _find_nearest(
         shares = [np.isin(a, b).mean() for a, b in zip(exact.rows, found.rows[sample], strict=True)]
         recall = float(np.mean(shares))
     per_query = zip(found.rows, found.scores, pool.excluded_documents, strict=True)
-    return [_remove_excluded(SearchResult(rows, scores), excluded, depth) for rows, scores, excluded in per_query], recall
+    return [_remove_excluded(SearchResult(ids, scores), excluded, depth) for ids, scores, excluded in per_query], recall
 
 
 def _iter_rankings(pool: MiningPool, nearest: list[SearchResult], options: MiningOptions) -> Iterator[list[np.ndarray]]:
@@ -273,7 +273,7 @@ def _rank_by_bm25(pool: MiningPool, depth: int) -> list[np.ndarray]:
     ranked = bm25.rank_documents(pool.documents[: pool.corpus_size], queries, _compute_search_depth(pool, depth))
     ranks = np.arange(ranked.shape[1])
     per_query = zip(ranked, pool.excluded_documents, strict=True)
-    return [_remove_excluded(SearchResult(rows, ranks), excluded, depth).rows for rows, excluded in per_query]
+    return [_remove_excluded(SearchResult(ids, ranks), excluded, depth).rows for ids, excluded in per_query]
 
 
 def _compute_search_depth(pool: MiningPool, depth: int) -> int:
@@ -299,8 +299,8 @@ def _fuse_order(judged: SearchResult, rankings: Sequence[np.ndarray]) -> SearchR
     """Reorder the candidates by reciprocal rank fusion of the judge's ranking and all others."""
     fused = fuse_rankings([judged.rows, *rankings])
     scores = dict(zip(judged.rows.tolist(), judged.scores.tolist(), strict=True))
-    rows = [document for document in fused.tolist() if document in scores]
-    return SearchResult(np.array(rows, np.int64), np.array([scores[document] for document in rows], np.float32))
+    documents = [document for document in fused.tolist() if document in scores]
+    return SearchResult(np.array(documents, np.int64), np.array([scores[document] for document in documents], np.float32))
 
 
 def _relabel(

@@ -27,7 +27,7 @@ def hash_runs(values: np.ndarray, size: int) -> np.ndarray:
     return hashes
 
 
-def mix(values: np.ndarray) -> np.ndarray:
+def mix_bits(values: np.ndarray) -> np.ndarray:
     """Return well-distributed 64-bit hashes of 64-bit values (SplitMix64; Steele, Lea and Flood 2014)."""
     values = (values + HASH_FACTOR) & np.uint64(0xFFFFFFFFFFFFFFFF)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -52,28 +52,28 @@ class OverlapIndex:
             ngram_words: Number of words of an n-gram.
         """
         self.ngram_words = ngram_words
-        self.count = 0
-        self._by_hash: dict[bytes, list[int]] = {}
-        self._parts: list[tuple[np.ndarray, np.ndarray]] = []  # n-gram hashes and the texts that contain them
-        self._ngrams, self._owners = np.empty(0, np.uint64), np.empty(0, np.int32)
+        self.num_texts = 0
+        self._text_numbers: dict[bytes, list[int]] = {}  # hash of a text -> numbers of the texts that have it
+        self._parts: list[tuple[np.ndarray, np.ndarray]] = []  # hashes of n-grams, numbers of the texts that contain them
+        self._ngrams, self._ngram_texts = np.empty(0, np.uint64), np.empty(0, np.int32)
 
     def add(self, texts: Iterable[str]) -> None:
         """Add texts. They are numbered in the order in which they are added."""
         iterator = iter(texts)
         while batch := list(islice(iterator, TEXTS_PER_HASHING)):
-            hashes, owners = [], []
-            for number, text in enumerate(batch, self.count):
-                self._by_hash.setdefault(hash_text(text).tobytes(), []).append(number)
+            hashes, numbers = [], []
+            for number, text in enumerate(batch, self.num_texts):
+                self._text_numbers.setdefault(hash_text(text).tobytes(), []).append(number)
                 ngrams = np.unique(hash_ngrams(split_words(text), self.ngram_words))
                 hashes.append(ngrams)
-                owners.append(np.full(len(ngrams), number, np.int32))
-            self._parts.append((np.concatenate(hashes), np.concatenate(owners)))
-            self.count += len(batch)
+                numbers.append(np.full(len(ngrams), number, np.int32))
+            self._parts.append((np.concatenate(hashes), np.concatenate(numbers)))
+            self.num_texts += len(batch)
 
     def find(self, text: str) -> list[Overlap]:
         """Return the indexed texts that a text overlaps with, each once. An exact match takes precedence."""
         self._sort()
-        equal = self._by_hash.get(hash_text(text).tobytes(), [])
+        equal = self._text_numbers.get(hash_text(text).tobytes(), [])
         return [*(Overlap(number, "exact") for number in equal), *self._find_ngrams(text, set(equal))]
 
     def _find_ngrams(self, text: str, found: set[int]) -> Iterator[Overlap]:
@@ -82,7 +82,7 @@ class OverlapIndex:
         hashes = hash_ngrams(words, self.ngram_words)
         first, last = (np.searchsorted(self._ngrams, hashes, side) for side in ("left", "right"))
         for start in np.flatnonzero(first < last):
-            for number in self._owners[first[start] : last[start]].tolist():
+            for number in self._ngram_texts[first[start] : last[start]].tolist():
                 if number not in found:
                     found.add(number)
                     yield Overlap(number, "ngram", " ".join(words[start : start + self.ngram_words]))
@@ -90,9 +90,10 @@ class OverlapIndex:
     def _sort(self) -> None:
         """Merge the n-grams of texts that were added since the last call."""
         if self._parts:
-            hashes, owners = (np.concatenate(arrays) for arrays in zip((self._ngrams, self._owners), *self._parts, strict=True))
+            parts = zip((self._ngrams, self._ngram_texts), *self._parts, strict=True)
+            hashes, numbers = (np.concatenate(arrays) for arrays in parts)
             order = np.argsort(hashes, kind="stable")
-            self._ngrams, self._owners, self._parts = hashes[order], owners[order], []
+            self._ngrams, self._ngram_texts, self._parts = hashes[order], numbers[order], []
 
 
 def split_words(text: str) -> list[str]:

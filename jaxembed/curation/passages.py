@@ -28,7 +28,7 @@ BOUNDARIES = (
     (re.compile(r"\s+"), " "),
 )
 TITLE_SEPARATOR = " > "
-REPEATED, SHORT_PASSAGE = "copy of another passage", "too short"
+DUPLICATE_PASSAGE, SHORT_PASSAGE = "copy of another passage", "too short"
 log = logging.getLogger(__name__)
 
 
@@ -127,7 +127,7 @@ def _iter_rows(documents: dict[str, Document], limits: PassageLimits, dropped: C
             if len(text) < limits.min_chars:
                 dropped[SHORT_PASSAGE] += 1
             elif key in seen:
-                dropped[REPEATED] += 1
+                dropped[DUPLICATE_PASSAGE] += 1
             else:
                 seen.add(key)
                 yield {"id": f"{name}#{number}", "title": title, "text": text}

@@ -22,7 +22,7 @@ SECTION_START = re.compile(rf"{MARKUP}|(Parameters|Args|Arguments|Returns|Exampl
 NUM_WORKERS, MIN_FILES_FOR_WORKERS = 2, 200
 STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
-Counts = Counter[str]
+FunctionCounts = Counter[str]  # of files, functions, and dropped functions by reason
 
 
 class SourceFile(NamedTuple):
@@ -42,14 +42,14 @@ class FunctionPair(NamedTuple):
     code: str
 
 
-def parse_files(files: Sequence[SourceFile]) -> tuple[list[FunctionPair], dict[str, Counts]]:
+def parse_files(files: Sequence[SourceFile]) -> tuple[list[FunctionPair], dict[str, FunctionCounts]]:
     """Parse files and return their pairs in file order.
 
     Returns:
         The pairs, and for each package the counts of its files, its functions, and the functions dropped by reason.
     """
     pairs: list[FunctionPair] = []
-    counts: dict[str, Counts] = defaultdict(Counter)
+    counts: dict[str, FunctionCounts] = defaultdict(Counter)
     results = tqdm(_parse_all(files), "parsing", len(files), unit="file")
     for file, (file_pairs, file_counts) in zip(files, results, strict=True):
         pairs += file_pairs
@@ -57,7 +57,7 @@ def parse_files(files: Sequence[SourceFile]) -> tuple[list[FunctionPair], dict[s
     return pairs, counts
 
 
-def _parse_all(files: Sequence[SourceFile]) -> Iterator[tuple[list[FunctionPair], Counts]]:
+def _parse_all(files: Sequence[SourceFile]) -> Iterator[tuple[list[FunctionPair], FunctionCounts]]:
     if len(files) < MIN_FILES_FOR_WORKERS:
         yield from map(_parse_file, files)
         return
@@ -66,7 +66,7 @@ def _parse_all(files: Sequence[SourceFile]) -> Iterator[tuple[list[FunctionPair]
         yield from executor.map(_parse_file, files, chunksize=8)
 
 
-def _parse_file(file: SourceFile) -> tuple[list[FunctionPair], Counts]:
+def _parse_file(file: SourceFile) -> tuple[list[FunctionPair], FunctionCounts]:
     try:
         with warnings.catch_warnings(action="ignore"):  # invalid escapes in third-party code
             tree = ast.parse(file.path.read_bytes())
@@ -75,7 +75,7 @@ def _parse_file(file: SourceFile) -> tuple[list[FunctionPair], Counts]:
         return [], Counter({"files": 1, "dropped: file does not parse": 1})
 
 
-def _extract_pairs(file: SourceFile, tree: ast.Module) -> tuple[list[FunctionPair], Counts]:
+def _extract_pairs(file: SourceFile, tree: ast.Module) -> tuple[list[FunctionPair], FunctionCounts]:
     pairs, counts = [], Counter(files=1)
     for node in _iter_functions(tree):
         counts["functions"] += 1

@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxembed.curation.code_duplicates import NearDuplicateFilter
-from jaxembed.curation.python_functions import Counts, FunctionPair, SourceFile, parse_files
+from jaxembed.curation.python_functions import FunctionCounts, FunctionPair, SourceFile, parse_files
 from jaxembed.data.beir import write_beir
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.data.scratch import move_into_place, open_scratch_folder
@@ -40,7 +40,7 @@ DEFAULT_HOLDOUT_FUNCTIONS = 1000
 MAX_HOLDOUT_PACKAGE_PAIRS = 1000
 FORMAT_VERSION = 1  # Part of the recorded inputs. Raise it when this code would write other files from the same packages.
 EXCLUDED_PATH = re.compile(r"(^|[/_])(conftest|test|tests|testing)[/_.]|(site|dist)-packages/")
-REPORT = "report.json"
+PACKAGES_REPORT_FILE = "report.json"
 log = logging.getLogger(__name__)
 
 
@@ -78,13 +78,13 @@ def write_package_pairs(
         return _read_existing_splits(out, inputs)
 
     # The filter imports rensa. It is created first, because parsing takes long.
-    codes = NearDuplicateFilter()
+    code_filter = NearDuplicateFilter()
     pairs, counts = parse_files([file for package_files in files.values() for file in package_files])
     # The first of several near duplicates is kept. It should be the one of the held-out package.
     pairs.sort(key=lambda pair: pair.package != holdout_package)
-    unique = _remove_duplicates(pairs, codes, counts)
+    unique_pairs = _remove_duplicates(pairs, code_filter, counts)
 
-    splits = _split(unique, holdout_package, holdout_functions)
+    splits = _split_pairs(unique_pairs, holdout_package, holdout_functions)
     split_sizes = {name: len(split) for name, split in splits.items()}
     report = {
         "packages": {name: {"version": versions[name], **counts[name]} for name in files},
@@ -159,7 +159,7 @@ def _describe_inputs(
 
 def _read_existing_splits(out: Path, inputs: Mapping[str, Any]) -> dict[str, int]:
     """Return the split sizes of a folder that was written from the same inputs. Raise `UserError` for any other."""
-    report = read_json(out / REPORT) if exists(out / REPORT) else {}
+    report = read_json(out / PACKAGES_REPORT_FILE) if exists(out / PACKAGES_REPORT_FILE) else {}
     recorded = report.get("inputs")
     if not isinstance(recorded, dict):
         raise UserError(f"{out}: already exists and holds no pairs of Python packages. Name another OUT.")
@@ -172,24 +172,26 @@ def _read_existing_splits(out: Path, inputs: Mapping[str, Any]) -> dict[str, int
 
 
 def _remove_duplicates(
-    pairs: Sequence[FunctionPair], codes: NearDuplicateFilter, counts: Mapping[str, Counts]
+    pairs: Sequence[FunctionPair], code_filter: NearDuplicateFilter, counts: Mapping[str, FunctionCounts]
 ) -> list[FunctionPair]:
     """Return the pairs without those whose docstring equals, or whose code nearly equals, that of an earlier pair."""
-    unique, queries = [], set()
+    unique_pairs, queries = [], set()
     for pair in tqdm(pairs, "removing copies", unit="function"):
         query = " ".join(re.findall(r"\w+", pair.query.lower()))
         if query in queries:
             counts[pair.package]["dropped: docstring equals another"] += 1
-        elif not codes.add(pair.code):
+        elif not code_filter.add(pair.code):
             counts[pair.package]["dropped: code copies another"] += 1
         else:
             queries.add(query)
-            unique.append(pair)
+            unique_pairs.append(pair)
             counts[pair.package]["pairs"] += 1
-    return unique
+    return unique_pairs
 
 
-def _split(pairs: Sequence[FunctionPair], holdout_package: str | None, holdout_functions: int) -> dict[str, list[FunctionPair]]:
+def _split_pairs(
+    pairs: Sequence[FunctionPair], holdout_package: str | None, holdout_functions: int
+) -> dict[str, list[FunctionPair]]:
     """Return the splits train, functions and package. The hash of a pair, not its position, decides if it is held out."""
     shuffled = sorted(pairs, key=lambda pair: hashlib.sha256(f"{pair.query}\n{pair.code}".encode()).digest())
     candidates = [pair for pair in shuffled if pair.package != holdout_package]
@@ -214,7 +216,7 @@ def _write_folder(out: Path, splits: Mapping[str, Sequence[FunctionPair]], repor
         for name in ("functions", "package"):
             if splits[name]:
                 _write_holdout(folder / name, splits[name])
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
+        (folder / PACKAGES_REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", "utf-8")
         move_into_place(folder, out)
 
 

@@ -104,7 +104,7 @@ def read_queries(name: str) -> list[str]:
     A task without queries, such as classification, gives all its texts.
     """
     from jaxembed.curate import read_task
-    from jaxembed.curation.steps.decontamination import DOCUMENTS, read_beir_parts, read_file_parts
+    from jaxembed.curation.steps.decontamination import DOCUMENTS_PART, read_beir_parts, read_file_parts
     from jaxembed.data.containers import is_beir_folder
 
     path = Path(name)
@@ -114,7 +114,7 @@ def read_queries(name: str) -> list[str]:
         parts = read_file_parts(name, cache_dir())
     else:
         parts = read_task(name)
-    return [text for part, texts in parts if part != DOCUMENTS for text in texts]
+    return [text for part, texts in parts if part != DOCUMENTS_PART for text in texts]
 
 
 def write_packages(args: argparse.Namespace) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def find_leaks(
     index, inputs = OverlapIndex(ngram_words), list[InputLeaks]()
     for task, task_texts in tasks.items():
         for role, texts in task_texts:
-            inputs.append(InputLeaks(task, role, texts, index.count))
+            inputs.append(InputLeaks(task, role, texts, index.num_texts))
             index.add(texts)
     starts = [leaks.first for leaks in inputs]
     for source, rows in sources:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from jaxembed.config.curation import LanguageStepConfig
-from jaxembed.curation.minhash import choose_band_hashes, compute_signatures, hash_bands, import_rensa
+from jaxembed.curation.minhash import choose_hashes_per_band, compute_signatures, hash_bands, import_rensa
 from jaxembed.curation.steps.languages import load_identifier, open_identifier
 from jaxembed.curation.steps.near_duplicates import hash_char_ngrams
 from jaxembed.data.equality import hash_text
@@ -30,18 +30,18 @@ class SeenTexts:
         """Start without texts. Raise `UserError` if rensa is needed and not installed."""
         self._hashes: set[bytes] = set()
         self._minhash = import_rensa() if match == "near" else None
-        self._threshold, self._band_hashes = threshold, choose_band_hashes(threshold)
+        self._threshold, self._hashes_per_band = threshold, choose_hashes_per_band(threshold)
         self._signatures: list[np.ndarray] = []
-        self._buckets: dict[int, int] = {}
+        self._first_texts: dict[int, int] = {}  # bucket -> index of its first signature
 
     def add(self, text: str) -> bool:
         """Add a text and return True, or return False if a copy is in the set."""
-        key = hash_text(text).tobytes()
-        if key in self._hashes:
+        text_hash = hash_text(text).tobytes()
+        if text_hash in self._hashes:
             return False
         if self._minhash is not None and text.strip() and not self._add_signature(text):
             return False
-        self._hashes.add(key)
+        self._hashes.add(text_hash)
         return True
 
     def _add_signature(self, text: str) -> bool:
@@ -52,12 +52,12 @@ class SeenTexts:
         # Buckets (LSH bands) propose candidates; the estimated Jaccard index decides.
         signature = compute_signatures(hash_char_ngrams([text]), self._minhash)
         hashes = signature[0].astype(np.uint16)
-        keys = hash_bands(signature, self._band_hashes)[:, 0].tolist()
-        candidates = {self._buckets[key] for key in keys if key in self._buckets}
+        buckets = hash_bands(signature, self._hashes_per_band)[:, 0].tolist()
+        candidates = {self._first_texts[bucket] for bucket in buckets if bucket in self._first_texts}
         if any((self._signatures[i] == hashes).mean() >= self._threshold for i in candidates):
             return False
-        for key in keys:
-            self._buckets.setdefault(key, len(self._signatures))
+        for bucket in buckets:
+            self._first_texts.setdefault(bucket, len(self._signatures))
         self._signatures.append(hashes)
         return True
 

@@ -20,7 +20,7 @@ from jaxembed.config.curation import (
     NegativesStepConfig,
     QualityStepConfig,
 )
-from jaxembed.curation.minhash import NUM_HASHES, choose_band_hashes
+from jaxembed.curation.minhash import NUM_HASHES, choose_hashes_per_band
 from jaxembed.curation.steps.cleaning import collapse_whitespace, html_to_text, make_clean_step
 from jaxembed.curation.steps.curated_row import CuratedRow, RowStepError, StepOutcome
 from jaxembed.curation.steps.languages import make_language_step
@@ -259,9 +259,9 @@ def test_the_kept_rows_do_not_depend_on_their_order(tmp_path: Path) -> None:
 
 def test_a_band_finds_pairs_at_the_threshold() -> None:
     for threshold in (0.5, 0.7, 0.8, 0.95):
-        width = choose_band_hashes(threshold)
+        width = choose_hashes_per_band(threshold)
         assert 1 - (1 - threshold**width) ** (NUM_HASHES // width) >= 0.99
-    assert choose_band_hashes(0.8) > choose_band_hashes(0.6)
+    assert choose_hashes_per_band(0.8) > choose_hashes_per_band(0.6)
 
 
 def test_the_ngrams_of_a_text_are_those_of_its_characters() -> None:

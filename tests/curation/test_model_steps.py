@@ -19,7 +19,7 @@ from jaxembed import curate as curate_command
 from jaxembed.config.curation import DuplicatesStepConfig
 from jaxembed.config.curation_models import MineStepConfig
 from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome
-from jaxembed.curation.steps.semantic_duplicates import FIRST_NEIGHBORS, find_similar
+from jaxembed.curation.steps.semantic_duplicates import INITIAL_NEIGHBORS, find_similar
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
 from jaxembed.hub.embedder import Embedder
@@ -66,7 +66,7 @@ def draw_clustered_vectors(sizes: Sequence[int]) -> np.ndarray:
 @pytest.mark.parametrize("threshold", [0.8, 0.95, 0.995])
 def test_similar_vectors_are_those_of_a_comparison_of_all_pairs(threshold: float) -> None:
     """A cluster larger than the first search is found whole. No two kept ones are similar; each dropped one has a kept one."""
-    vectors = draw_clustered_vectors([1, 2, 5, 3 * FIRST_NEIGHBORS])
+    vectors = draw_clustered_vectors([1, 2, 5, 3 * INITIAL_NEIGHBORS])
     found = find_similar(vectors, threshold, 16)
     similarities = vectors @ vectors.T
     expected: list[bool] = []

@@ -48,8 +48,8 @@ class BalanceStep:
         self._records.append(np.array(records, DRAW_RECORD))
 
     def _hash_group(self, curated: CuratedRow) -> int:
-        by = self._config.by
-        value = curated.source if by == "source" else curated.fields.get(by)
+        field = self._config.by
+        value = curated.source if field == "source" else curated.fields.get(field)
         self._has_field |= value is not None
         self._fields = self._fields or list_fields(curated.fields)
         group = hash_group(value)

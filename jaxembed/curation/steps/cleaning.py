@@ -39,16 +39,16 @@ def make_clean_step(config: CleanStepConfig) -> RowStep:
     """Return the step. Raise `UserError` if it needs a library that is not installed."""
     edits = list_edits(config)
 
-    def edit(text: str) -> tuple[str, list[str]]:
+    def apply_edits(text: str) -> tuple[str, list[str]]:
         changes = []
-        for name, change in edits:
-            if (changed := change(text)) != text:
+        for name, edit in edits:
+            if (edited := edit(text)) != text:
                 changes.append(name)
-                text = changed
+                text = edited
         return text, changes
 
     def clean(rows: Sequence[CuratedRow]) -> list[StepOutcome]:
-        return [edit_texts(row, config.sides, edit) for row in rows]
+        return [edit_texts(row, config.sides, apply_edits) for row in rows]
 
     return clean
 
@@ -64,7 +64,7 @@ def list_edits(config: CleanStepConfig) -> list[tuple[str, Edit]]:
         ("boilerplate", bool(patterns), lambda: lambda text: remove_lines(text, patterns)),
         ("whitespace", config.whitespace, lambda: collapse_whitespace),
     ]
-    return [(name, make()) for name, is_chosen, make in edits if is_chosen]
+    return [(name, make()) for name, is_enabled, make in edits if is_enabled]
 
 
 def normalize_unicode(text: str, form: Literal["none", "NFC", "NFKC"]) -> str:

@@ -30,7 +30,7 @@ class ClusterStep:
         """
         self._config, self._seed = config, seed
         self._vectors = VectorSpool(folder, encoder, are_queries=config.of == "queries")
-        self._content: list[int] = []
+        self._row_hashes: list[int] = []
 
     def close(self) -> None:
         """Close the file of vectors."""
@@ -39,7 +39,7 @@ class ClusterStep:
     def collect(self, rows: Sequence[CuratedRow]) -> None:
         """Encode a text of each row."""
         self._vectors.add([self._select_text(row) for row in rows])
-        self._content += [hash_row(row.fields) for row in rows]
+        self._row_hashes += [hash_row(row.fields) for row in rows]
 
     def _select_text(self, row: CuratedRow) -> str:
         """Return the query or the first positive; the query if there is no positive."""
@@ -48,11 +48,11 @@ class ClusterStep:
 
     def iter_changes(self) -> Iterator[RowChange]:
         """Yield the cluster of each row. Raise `UserError` if there are fewer rows than clusters."""
-        config, num_rows = self._config, len(self._content)
+        config, num_rows = self._config, len(self._row_hashes)
         if num_rows < config.clusters:
             raise UserError(f"cluster: clusters is {config.clusters}, but only {num_rows} rows are left. Lower it.")
         vectors = self._vectors.read()
-        order = np.argsort(np.array(self._content, np.uint64), kind="stable")  # the order of rows must make no difference
+        order = np.argsort(np.array(self._row_hashes, np.uint64), kind="stable")  # the order of rows must make no difference
         labels = np.empty(num_rows, np.int64)
         labels[order] = cluster_vectors(vectors[order], config.clusters, self._seed, config.iterations).labels
         for label in labels.tolist():

@@ -19,7 +19,7 @@ SINGLE_FIELDS: dict[str, dict[Side, str]] = {
     "text": {"query": "text"},
 }
 LIST_FIELDS_BY_SIDE: dict[Side, str] = {"positives": "pos", "negatives": "neg"}
-EMPTY = "empty"
+EMPTY_TEXT = "empty"
 ROW_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)
 SORTED_ROW_ENCODER = json.JSONEncoder(ensure_ascii=False, default=str, sort_keys=True)
 
@@ -117,7 +117,7 @@ def edit_texts(curated: CuratedRow, sides: Sequence[Side], edit: Callable[[str],
     problems: dict[Side, list[str | None]] = {}
     for side in sides:
         edited = [edit(text) for text in get_texts(curated, side)]
-        problems[side] = [None if is_text(text) else EMPTY for text, _ in edited]
+        problems[side] = [None if is_text(text) else EMPTY_TEXT for text, _ in edited]
         reasons += [f"{side}: changed by {change}" for _, changes in edited for change in changes]
         texts = [text for text, _ in edited]
         if field := SINGLE_FIELDS[curated.format].get(side):

@@ -13,7 +13,7 @@ from jaxembed.curation.steps.curated_row import CuratedRow, hash_row
 from jaxembed.data.schema import Row, list_fields
 from jaxembed.errors import UserError
 
-ROW_RECORD = np.dtype([("difficulty", "<f8"), ("content", "<u8")])
+ROW_RECORD = np.dtype([("difficulty", "<f8"), ("row_hash", "<u8")])
 
 
 class CurriculumStep:
@@ -47,17 +47,17 @@ class CurriculumStep:
                 "Name another field, or write scores with a step mine or judge before it."
             )
         sign = -1 if self._config.descending else 1
-        order = np.lexsort((records["content"], sign * np.nan_to_num(records["difficulty"]), is_known))
+        order = np.lexsort((records["row_hash"], sign * np.nan_to_num(records["difficulty"]), is_known))
         levels = np.empty(len(records), np.int64)
         levels[order] = 1 + np.arange(len(records)) * self._config.levels // max(len(records), 1)
         for level in levels.tolist():
             yield RowChange({self._config.field: level})
 
 
-def find_difficulty(row: Row, by: str) -> float:
-    """Return the difficulty of a row; NaN if it has none."""
-    if by == "scores":
+def find_difficulty(row: Row, field: str) -> float:
+    """Return the difficulty of a row, from a field or its scores; NaN if it has none."""
+    if field == "scores":
         positives, negatives = row.get("pos_scores"), row.get("neg_scores")
         return float(max(negatives) - min(positives)) if positives and negatives else math.nan
-    value = row.get(by)
+    value = row.get(field)
     return float(value) if isinstance(value, int | float) else math.nan

@@ -24,10 +24,10 @@ from jaxembed.data.schema import is_text
 from jaxembed.errors import UserError
 from jaxembed.search.bm25 import Bm25Similarity
 
-QUERIES, DOCUMENTS, OTHER_TEXTS = "queries", "documents", "texts"  # parts of an evaluation set
+QUERIES_PART, DOCUMENTS_PART, OTHER_PART = "queries", "documents", "texts"  # parts of an evaluation set
 
-Parts = Iterable[tuple[str, Iterable[str]]]  # parts and their texts
-ReadTask = Callable[[str], Parts]  # the parts of an MTEB task, given its name
+EvaluationParts = Iterable[tuple[str, Iterable[str]]]  # names of the parts, and their texts
+ReadTask = Callable[[str], EvaluationParts]  # the parts of an MTEB task, given its name
 
 
 def make_decontaminate_step(config: DecontaminateStepConfig, cache: Path, read_task: ReadTask) -> PreparedStep:
@@ -44,10 +44,10 @@ def make_decontaminate_step(config: DecontaminateStepConfig, cache: Path, read_t
     index = OverlapIndex(config.ngram_words or DEFAULT_NGRAM_WORDS)
     texts, names = list[str](), list[str]()
     for name, parts in iter_evaluation_sets(config, cache, read_task):
-        chosen = list_chosen_texts(config, name, parts)
-        index.add(chosen)
-        texts += chosen
-        names += [name] * len(chosen)
+        selected = list_selected_texts(config, name, parts)
+        index.add(selected)
+        texts += selected
+        names += [name] * len(selected)
     similarity = Bm25Similarity(texts) if config.bm25_threshold is not None else None
 
     def find_problem(text: str) -> str | None:
@@ -65,15 +65,17 @@ def make_decontaminate_step(config: DecontaminateStepConfig, cache: Path, read_t
     return PreparedStep(decontaminate, hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest())
 
 
-def list_chosen_texts(config: DecontaminateStepConfig, name: str, parts: Parts) -> list[str]:
-    """Return the texts of the chosen parts of an evaluation set. Raise `UserError` if there are none."""
-    chosen = [text for part, texts in parts if part in (*config.parts, OTHER_TEXTS) for text in texts if is_text(text)]
-    if not chosen:
+def list_selected_texts(config: DecontaminateStepConfig, name: str, parts: EvaluationParts) -> list[str]:
+    """Return the texts of the selected parts of an evaluation set. Raise `UserError` if there are none."""
+    selected = [text for part, texts in parts if part in (*config.parts, OTHER_PART) for text in texts if is_text(text)]
+    if not selected:
         raise UserError(f"decontaminate: {name} has no {' and no '.join(config.parts)}. Remove it, or change parts.")
-    return chosen
+    return selected
 
 
-def iter_evaluation_sets(config: DecontaminateStepConfig, cache: Path, read_task: ReadTask) -> Iterator[tuple[str, Parts]]:
+def iter_evaluation_sets(
+    config: DecontaminateStepConfig, cache: Path, read_task: ReadTask
+) -> Iterator[tuple[str, EvaluationParts]]:
     """Yield the name and the parts of each evaluation set of a step."""
     return chain(
         ((name, read_task(name)) for name in config.tasks),
@@ -85,15 +87,15 @@ def iter_evaluation_sets(config: DecontaminateStepConfig, cache: Path, read_task
 def read_beir_parts(folder: Path) -> Iterator[tuple[str, Iterable[str]]]:
     """Yield the queries of the first of test, dev and train that a BEIR folder has, and all its documents."""
     beir = open_beir(folder, EVALUATION_SPLITS)
-    yield QUERIES, map(beir.get_query_text, range(len(beir.query_rows)))
-    yield DOCUMENTS, map(beir.get_document_text, range(len(beir.corpus)))
+    yield QUERIES_PART, map(beir.get_query_text, range(len(beir.query_rows)))
+    yield DOCUMENTS_PART, map(beir.get_document_text, range(len(beir.corpus)))
 
 
 def read_file_parts(path: str, cache: Path) -> Iterator[tuple[str, Iterable[str]]]:
     """Yield the texts of a file: queries and positives of pairs; of other rows, all texts."""
     sources = open_curated_sources([SourceConfig(path=path)], cache, path)
     is_pairs = sources[0].format == "pairs"
-    sides: tuple[tuple[str, Side], ...] = ((QUERIES, "query"), (DOCUMENTS, "positives"))
+    sides: tuple[tuple[str, Side], ...] = ((QUERIES_PART, "query"), (DOCUMENTS_PART, "positives"))
     for part, side in sides:
         texts = (text for row in iter_curated_rows(sources) for text in get_texts(row, side))
-        yield part if is_pairs else OTHER_TEXTS, texts
+        yield part if is_pairs else OTHER_PART, texts

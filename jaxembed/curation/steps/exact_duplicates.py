@@ -13,13 +13,13 @@ from jaxembed.curation.steps.items import list_items
 from jaxembed.curation.steps.record_files import RecordFiles
 from jaxembed.data.equality import hash_exact_text, normalize_text
 
-COPY_RECORD = np.dtype([("key", "<u8"), ("rank", "<u8"), ("content", "<u8"), ("item", "<u8")])
+COPY_RECORD = np.dtype([("key", "<u8"), ("priority", "<u8"), ("row_hash", "<u8"), ("item", "<u8")])
 
 
 class ExactDuplicatesStep:
-    """Keeps one of all items with equal texts: the one with the largest rank, then the smallest hash of the row's content.
+    """Keeps one of all items with equal texts: the one with the highest priority, then the smallest hash of its row.
 
-    Which content is kept does not depend on the order of the rows.
+    Which row is kept does not depend on the order of the rows.
     """
 
     def __init__(self, config: DuplicatesStepConfig, folder: Path, max_rows: int, memory_mb: int):
@@ -39,7 +39,7 @@ class ExactDuplicatesStep:
             prefix = "" if self._config.across_sources else f"{row.source} "
             for item in list_items(row, self._config):
                 key = int(hash_exact_text(prefix + normalize_text(item.text)).view("<u8")[0])
-                records.append((key, item.rank, item.content, self._num_items))
+                records.append((key, item.priority, item.row_hash, self._num_items))
                 self._num_items += 1
         self._records.append(np.array(records, COPY_RECORD))
 
@@ -47,7 +47,7 @@ class ExactDuplicatesStep:
         """Return whether each item is dropped, bool [I]."""
         dropped = np.zeros(self._num_items, bool)
         for records in self._records.iter_partitions():
-            order = np.lexsort((records["item"], records["content"], ~records["rank"], records["key"]))
+            order = np.lexsort((records["item"], records["row_hash"], ~records["priority"], records["key"]))
             keys = records["key"][order]
             dropped[records["item"][order[1:]][keys[1:] == keys[:-1]]] = True
         return dropped

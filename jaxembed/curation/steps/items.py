@@ -1,4 +1,4 @@
-"""Items: the texts that a step compares across all rows. Of several copies, the one with the largest rank is kept."""
+"""Items: the texts that a step compares across all rows. Of several copies, the one with the highest priority is kept."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from jaxembed.curation.steps.curated_row import (
     hash_row,
 )
 
-RANK_BITS = 20
-MAX_RANK = 2**RANK_BITS - 1
+RULE_BITS = 20  # of a priority, for the value of each rule
+MAX_RULE_VALUE = 2**RULE_BITS - 1
 
 
 class AllRowsStep(Protocol):
@@ -35,11 +35,17 @@ class AllRowsStep(Protocol):
 
 
 class Item(NamedTuple):
-    """A text to compare, its rank (the largest is kept), and a hash of its row, which breaks ties."""
+    """A text to compare.
+
+    Attributes:
+        text: The text.
+        priority: Of several copies, the one with the highest priority is kept.
+        row_hash: Hash of the row. Of equal priorities, the smallest one is kept.
+    """
 
     text: str
-    rank: int
-    content: int
+    priority: int
+    row_hash: int
 
 
 class ItemRule(NamedTuple):
@@ -59,12 +65,12 @@ class ItemRule(NamedTuple):
 def list_items(curated: CuratedRow, config: DuplicatesStepConfig) -> list[Item]:
     """Return the items of a row by `config.of`: its query, its positives, or its pairs."""
     query, positives = get_texts(curated, "query")[0], get_texts(curated, "positives")
-    content = hash_row(curated.fields)
+    row_hash = hash_row(curated.fields)
     if config.of == "queries" or (config.of == "pairs" and not positives):
         length = len(query) + sum(map(len, positives))
-        return [Item(query, compute_rank(curated, length, config.keep), content)]
+        return [Item(query, compute_priority(curated, length, config.keep), row_hash)]
     texts = [positive if config.of == "positives" else f"{query}\n{positive}" for positive in positives]
-    return [Item(text, compute_rank(curated, len(text), config.keep), content) for text in texts]
+    return [Item(text, compute_priority(curated, len(text), config.keep), row_hash) for text in texts]
 
 
 def count_items(curated: CuratedRow, config: DuplicatesStepConfig) -> int:
@@ -75,17 +81,17 @@ def count_items(curated: CuratedRow, config: DuplicatesStepConfig) -> int:
     return max(num_positives, 1) if config.of == "pairs" else num_positives
 
 
-def compute_rank(curated: CuratedRow, length: int, rules: Sequence[KeepRule]) -> int:
-    """Return the rank of a copy. The largest is kept. Earlier rules take precedence."""
+def compute_priority(curated: CuratedRow, length: int, rules: Sequence[KeepRule]) -> int:
+    """Return the priority of a copy. The copy with the highest one is kept. Earlier rules take precedence."""
     values: dict[str, int] = {
         "longest": length,
         "most_negatives": len(get_texts(curated, "negatives")),
-        "source_priority": MAX_RANK - curated.source,
+        "source_priority": MAX_RULE_VALUE - curated.source,
     }
-    rank = 0
+    priority = 0
     for rule in rules:
-        rank = rank << RANK_BITS | min(values[rule], MAX_RANK)
-    return rank
+        priority = priority << RULE_BITS | min(values[rule], MAX_RULE_VALUE)
+    return priority
 
 
 def make_duplicates_rule(config: DuplicatesStepConfig) -> ItemRule:

@@ -11,7 +11,8 @@ from jaxembed.curation.mining import MAX_MINED_TEXT_CHARS
 from jaxembed.curation.steps.curated_row import CuratedRow, RowStep, StepOutcome, drop_texts, get_texts
 from jaxembed.hub.cross_encoder import ScorePairs
 
-LOW, HIGH, NEAR_POSITIVE = "scored below min_positive", "scored above max_negative", "scored too near a positive"
+LOW_POSITIVE, HIGH_NEGATIVE = "scored below min_positive", "scored above max_negative"
+NEGATIVE_NEAR_POSITIVE = "scored too near a positive"
 
 
 def make_judge_step(config: JudgeStepConfig, open_scorer: Callable[[], ScorePairs]) -> RowStep:
@@ -51,7 +52,7 @@ def apply_scores(
     if negative_scores:
         row["neg_scores"] = negative_scores
     limit = config.min_positive
-    positives = [LOW if limit is not None and score < limit else None for score in positive_scores]
+    positives = [LOW_POSITIVE if limit is not None and score < limit else None for score in positive_scores]
     lowest = min((score for score, problem in zip(positive_scores, positives, strict=True) if problem is None), default=0.0)
     negatives = [find_negative_problem(score, lowest, config) for score in negative_scores]
     return drop_texts(curated._replace(fields=row), {"positives": positives, "negatives": negatives})
@@ -60,6 +61,6 @@ def apply_scores(
 def find_negative_problem(score: float, lowest_positive: float, config: JudgeStepConfig) -> str | None:
     """Return why a negative is dropped, or None."""
     if config.max_negative is not None and score > config.max_negative:
-        return HIGH
+        return HIGH_NEGATIVE
     is_near = config.negative_margin is not None and score > lowest_positive - config.negative_margin
-    return NEAR_POSITIVE if is_near else None
+    return NEGATIVE_NEAR_POSITIVE if is_near else None

@@ -25,7 +25,7 @@ from jaxembed.data.schema import Row
 from jaxembed.hub.cross_encoder import ScorePairs
 from jaxembed.hub.frozen_encoder import FrozenEncoder
 
-RELABELED, MINED = "positives: replaced by a better document", "negatives: mined"
+RELABELED_POSITIVES, MINED_NEGATIVES = "positives: replaced by a better document", "negatives: mined"
 
 
 class MinerModels(NamedTuple):
@@ -56,7 +56,8 @@ class MineStep:
             options: How candidates are found and filtered.
             cache: Folder for the row indexes of a corpus.
         """
-        self._config, self._names, self._models, self._options, self._cache = config, source_names, models, options, cache
+        self._config, self._source_names, self._models = config, source_names, models
+        self._options, self._cache = options, cache
         self._rows: list[tuple[int, Row | None]] = []  # source and pair; None for rows that are not mined
 
     def close(self) -> None:
@@ -65,40 +66,41 @@ class MineStep:
     def collect(self, rows: Sequence[CuratedRow]) -> None:
         """Record the texts of rows."""
         for curated in rows:
-            is_mined = curated.format == "pairs" and self._config.applies_to(self._names[curated.source])
+            is_mined = curated.format == "pairs" and self._config.applies_to(self._source_names[curated.source])
             self._rows.append((curated.source, select_texts(curated) if is_mined else None))
 
     def iter_changes(self) -> Iterator[RowChange]:
         """Yield the change of each row. See `changes.ChangingStep`."""
         for source, entries in itertools.groupby(self._rows, key=lambda entry: entry[0]):
             rows = [row for _, row in entries]
-            yield from self._mine(rows, self._names[source]) if any(rows) else [UNCHANGED] * len(rows)
+            yield from self._mine(rows, self._source_names[source]) if any(rows) else [UNCHANGED] * len(rows)
 
-    def _mine(self, rows: Sequence[Row | None], name: str) -> Iterator[RowChange]:
+    def _mine(self, rows: Sequence[Row | None], source_name: str) -> Iterator[RowChange]:
         """Yield the changes of the rows of one source."""
         corpus = read_corpus(self._config.corpus, self._cache) if self._config.corpus else None
         pairs = [row for row in rows if row is not None]
         pool = build_pool(pairs, corpus, self._options.seed, self._config.instruction)
         if self._config.negatives:
-            check_first_rank(pool, self._config, f"Name more documents with corpus, or leave {name} out of sources.")
+            check_first_rank(pool, self._config, f"Name more documents with corpus, or leave {source_name} out of sources.")
         encoder, score_pairs = self._models
-        query_vectors = embed_texts(pool.queries, encoder.encode, encoder.width, f"{name}: queries")
+        query_vectors = embed_texts(pool.queries, encoder.encode, encoder.width, f"{source_name}: queries")
         documents = [EncoderInput(text, "document", "") for text in pool.documents]
         document_vectors = embed_texts(documents, encoder.encode, encoder.width, "documents")
         rescore = make_id_scorer(score_pairs, pool) if score_pairs else None
         result = mine_negatives(pool, query_vectors, document_vectors, self._options, rescore)
         mined_rows = dict(zip(result.row_numbers, result.rows, strict=True))
-        numbers = itertools.count()
+        row_numbers = itertools.count()
         for row in rows:
-            yield UNCHANGED if row is None else self._describe(pool, next(numbers), mined_rows)
+            yield UNCHANGED if row is None else self._make_change(pool, next(row_numbers), mined_rows)
 
-    def _describe(self, pool: MiningPool, number: int, mined_rows: dict[int, MinedRow]) -> RowChange:
+    def _make_change(self, pool: MiningPool, row_number: int, mined_rows: dict[int, MinedRow]) -> RowChange:
         """Return the change of the row with a number in a pool."""
-        lost = f"positives: not among the {self._config.consistency_top_k} nearest documents"
-        if (mined := mined_rows.get(number)) is None:
-            return RowChange(None, (lost,))
-        num_lost = 0 if mined.is_relabeled else len(pool.rows[number].positives) - len(mined.row.positives)
+        drop_reason = f"positives: not among the {self._config.consistency_top_k} nearest documents"
+        if (mined := mined_rows.get(row_number)) is None:
+            return RowChange(None, (drop_reason,))
+        num_dropped = 0 if mined.is_relabeled else len(pool.rows[row_number].positives) - len(mined.row.positives)
         output = to_output_row(pool, mined)
         fields = {key: output[key] for key in ("pos", "neg", "pos_scores", "neg_scores")}
-        reasons = [lost] * num_lost + [RELABELED] * mined.is_relabeled + [MINED] * bool(mined.num_mined)
+        reasons = [drop_reason] * num_dropped
+        reasons += [RELABELED_POSITIVES] * mined.is_relabeled + [MINED_NEGATIVES] * bool(mined.num_mined)
         return RowChange(fields, tuple(reasons))

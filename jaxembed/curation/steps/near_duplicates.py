@@ -18,8 +18,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from jaxembed.config.curation import DuplicatesStepConfig
-from jaxembed.curation.minhash import NUM_HASHES, choose_band_hashes, compute_signatures, hash_bands, import_rensa
-from jaxembed.curation.ngrams import UNSPACED_CHARS, hash_runs, mix
+from jaxembed.curation.minhash import NUM_HASHES, choose_hashes_per_band, compute_signatures, hash_bands, import_rensa
+from jaxembed.curation.ngrams import UNSPACED_CHARS, hash_runs, mix_bits
 from jaxembed.curation.steps.curated_row import CuratedRow
 from jaxembed.curation.steps.items import list_items
 from jaxembed.curation.steps.record_files import RecordFiles
@@ -31,50 +31,50 @@ PAIR_BITS = np.uint64(32)  # so that a pair of items fits into 64 bits
 
 # Hangul too: a syllable carries more information than a letter.
 UNSPACED_CHAR = re.compile(f"[{UNSPACED_CHARS}\uac00-\ud7af]")
-BAND_RECORD = np.dtype([("key", "<u8"), ("content", "<u8"), ("item", "<u8")])
+BAND_RECORD = np.dtype([("key", "<u8"), ("row_hash", "<u8"), ("item", "<u8")])
 SIGNATURE_RECORD = np.dtype([("hashes", "<u2", NUM_HASHES)])  # the low 16 bits, which suffice to compare two signatures
-RANK_RECORD = np.dtype([("rank", "<u8"), ("content", "<u8")])
+PRIORITY_RECORD = np.dtype([("priority", "<u8"), ("row_hash", "<u8")])
 
 
 class NearDuplicatesStep:
     """Keeps one item of each connected component of texts with a Jaccard index of at least the threshold.
 
-    Which copy is kept depends on its rank and content, not on the order of rows.
+    Which copy is kept depends on its priority and the hash of its row, not on the order of rows.
     """
 
     def __init__(self, config: DuplicatesStepConfig, folder: Path, max_rows: int, memory_mb: int):
         """Start without rows. See `RecordFiles` for `folder` and `memory_mb`."""
         self._minhash = import_rensa()
         self._config = config
-        self._band_hashes = choose_band_hashes(config.min_similarity)
-        num_bands = NUM_HASHES // self._band_hashes
+        self._hashes_per_band = choose_hashes_per_band(config.min_similarity)
+        num_bands = NUM_HASHES // self._hashes_per_band
         self._bands = RecordFiles(folder, BAND_RECORD, max_rows * num_bands, memory_mb)
-        self._signatures, self._ranks = (folder / "signatures").open("w+b"), (folder / "ranks").open("w+b")
+        self._signatures, self._priorities = (folder / "signatures").open("w+b"), (folder / "priorities").open("w+b")
         self._num_items = 0
 
     def close(self) -> None:
         """Close the files."""
         self._bands.close()
         self._signatures.close()
-        self._ranks.close()
+        self._priorities.close()
 
     def collect(self, rows: Sequence[CuratedRow]) -> None:
-        """Record the items of rows: their bands, signatures and ranks."""
+        """Record the items of rows: their bands, signatures and priorities."""
         pairs = [(row.source, item) for row in rows for item in list_items(row, self._config)]
         if not pairs:
             return
         signatures = compute_signatures(hash_char_ngrams([item.text for _, item in pairs]), self._minhash)
-        content = np.array([item.content for _, item in pairs], np.uint64)
-        numbers = np.arange(self._num_items, self._num_items + len(pairs), dtype=np.uint64)
+        row_hashes = np.array([item.row_hash for _, item in pairs], np.uint64)
+        item_numbers = np.arange(self._num_items, self._num_items + len(pairs), dtype=np.uint64)
         groups = np.array([0 if self._config.across_sources else source for source, _ in pairs], np.uint64)
-        for buckets in hash_bands(signatures, self._band_hashes):
+        for buckets in hash_bands(signatures, self._hashes_per_band):
             records = np.empty(len(pairs), BAND_RECORD)
-            records["key"] = mix(buckets ^ mix(groups))
-            records["content"], records["item"] = content, numbers
+            records["key"] = mix_bits(buckets ^ mix_bits(groups))
+            records["row_hash"], records["item"] = row_hashes, item_numbers
             self._bands.append(records)
-        ranks = np.empty(len(pairs), RANK_RECORD)
-        ranks["rank"], ranks["content"] = [item.rank for _, item in pairs], content
-        self._ranks.write(ranks.tobytes())
+        priorities = np.empty(len(pairs), PRIORITY_RECORD)
+        priorities["priority"], priorities["row_hash"] = [item.priority for _, item in pairs], row_hashes
+        self._priorities.write(priorities.tobytes())
         self._signatures.write(signatures.astype(np.uint16).tobytes())
         self._num_items += len(pairs)
 
@@ -99,9 +99,9 @@ class NearDuplicatesStep:
         return dropped
 
     def _list_copies(self, items: np.ndarray, components: np.ndarray) -> np.ndarray:
-        """Return the items that are not the first of their component by rank, then content."""
-        ranks = read_records(self._ranks, RANK_RECORD, items)
-        order = np.lexsort((items, ranks["content"], ~ranks["rank"], components))
+        """Return the items that are not the first of their component by priority, then hash of the row."""
+        records = read_records(self._priorities, PRIORITY_RECORD, items)
+        order = np.lexsort((items, records["row_hash"], ~records["priority"], components))
         is_copy = components[order][1:] == components[order][:-1]
         return items[order[1:]][is_copy]
 
@@ -128,7 +128,7 @@ def list_bucket_pairs(records: np.ndarray) -> np.ndarray:
     records = records[np.argsort(records["key"])]
     is_equal = records["key"][1:] == records["key"][:-1]
     records = records[np.append(is_equal, False) | np.append(False, is_equal)]
-    records = records[np.lexsort((records["item"], records["content"], records["key"]))]
+    records = records[np.lexsort((records["item"], records["row_hash"], records["key"]))]
     starts = np.flatnonzero(np.append(True, records["key"][1:] != records["key"][:-1])[: len(records)])
     items = records["item"]
     first = np.repeat(items[starts], np.diff(np.append(starts, len(items))))
@@ -172,7 +172,7 @@ def hash_char_ngrams(texts: Sequence[str]) -> list[np.ndarray]:
         numbers = [i for i, other in enumerate(sizes) if other == size]
         joined = "".join(normalized[i] for i in numbers)
         chars = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
-        runs, start = mix(hash_runs(chars, size)), 0
+        runs, start = mix_bits(hash_runs(chars, size)), 0
         for i in numbers:
             end = start + len(normalized[i])
             hashes[i] = runs[start : end - size + 1]

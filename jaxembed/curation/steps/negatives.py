@@ -10,7 +10,7 @@ from jaxembed.curation.overlap import split_words
 from jaxembed.curation.steps.curated_row import CuratedRow, RowStep, StepOutcome, drop_texts, get_texts
 from jaxembed.data.equality import normalize_text
 
-EQUAL, HAS_ANSWER, BEYOND_LIMIT = (
+DUPLICATE_NEGATIVE, CONTAINS_ANSWER, SURPLUS_NEGATIVE = (
     "equal to the query, a positive or another negative",
     "contains the answer",
     "beyond max_negatives",
@@ -41,11 +41,11 @@ def find_negative_problems(curated: CuratedRow, config: NegativesStepConfig) -> 
     for negative in get_texts(curated, "negatives"):
         normalized = normalize_text(negative)
         if normalized in seen:
-            problems.append(EQUAL)
+            problems.append(DUPLICATE_NEGATIVE)
         elif answers and contains_any(split_words(negative), answers):
-            problems.append(HAS_ANSWER)
+            problems.append(CONTAINS_ANSWER)
         elif config.max_negatives is not None and problems.count(None) >= config.max_negatives:
-            problems.append(BEYOND_LIMIT)
+            problems.append(SURPLUS_NEGATIVE)
         else:
             problems.append(None)
         seen.add(normalized)

@@ -3,7 +3,7 @@
 SemDeDup (Abbas et al. 2023, arXiv:2303.09540) drops items by the cosine of their vectors within clusters. Here the neighbors
 are those of an exact search over all texts:
 
-1. Texts are sorted by rank, then by a hash of their row.
+1. Texts are sorted by priority, then by a hash of their row.
 2. A text is dropped if its cosine with a kept text before it reaches the threshold. So each dropped text has a kept one that
    is similar to it, which connected components would not guarantee, and no two kept texts are similar.
 """
@@ -25,9 +25,9 @@ from jaxembed.data.equality import hash_exact_text, normalize_text
 from jaxembed.hub.frozen_encoder import FrozenEncoder
 from jaxembed.search.nearest import search
 
-FIRST_NEIGHBORS = 16  # neighbors of the first search; texts that may have more are searched again
-GROWTH = 4  # factor of the neighbors of each further search
-ITEM_RECORD = np.dtype([("rank", "<u8"), ("content", "<u8"), ("text", "<u8"), ("group", "<u8")])
+INITIAL_NEIGHBORS = 16  # neighbors of the first search; texts that may have more are searched again
+NEIGHBORS_GROWTH = 4  # factor by which each further search returns more neighbors
+ITEM_RECORD = np.dtype([("priority", "<u8"), ("row_hash", "<u8"), ("text", "<u8"), ("group", "<u8")])
 
 
 class SemanticDuplicatesStep:
@@ -51,13 +51,14 @@ class SemanticDuplicatesStep:
         self._vectors.close()
 
     def collect(self, rows: Sequence[CuratedRow]) -> None:
-        """Encode the items of rows, and record their ranks."""
+        """Encode the items of rows, and record their priorities."""
         items = [(row.source, item) for row in rows for item in list_items(row, self._config)]
         if not items:
             return
         self._vectors.add([item.text for _, item in items])
         records = np.empty(len(items), ITEM_RECORD)
-        records["rank"], records["content"] = [item.rank for _, item in items], [item.content for _, item in items]
+        records["priority"] = [item.priority for _, item in items]
+        records["row_hash"] = [item.row_hash for _, item in items]
         records["text"] = [int(hash_exact_text(normalize_text(item.text)).view("<u8")[0]) for _, item in items]
         records["group"] = [0 if self._config.across_sources else source for source, _ in items]
         self._parts.append(records)
@@ -68,7 +69,7 @@ class SemanticDuplicatesStep:
             return np.zeros(0, bool)
         records = np.concatenate(self._parts)
         vectors = self._vectors.read()
-        order = np.lexsort((np.arange(len(records)), records["content"], ~records["rank"], records["group"]))
+        order = np.lexsort((np.arange(len(records)), records["row_hash"], ~records["priority"], records["group"]))
         dropped = np.ones(len(records), bool)
         # In each group, compare only the best item of each distinct text; its exact copies stay dropped.
         for members in np.split(order, np.flatnonzero(np.diff(records["group"][order])) + 1):
@@ -99,13 +100,13 @@ def find_neighbors(vectors: Float[np.ndarray, "n d"], threshold: float, memory_m
     A search returns a fixed number of neighbors. If all neighbors of a vector reach the threshold, it is searched again.
     """
     neighbors: dict[int, np.ndarray] = {}
-    pending, count = np.arange(len(vectors)), FIRST_NEIGHBORS
+    pending, count = np.arange(len(vectors)), INITIAL_NEIGHBORS
     while len(pending):
         found = search(vectors[pending], vectors, count, memory_mb=memory_mb, show_progress=True)
-        reaches = found.scores >= threshold - SCORE_TOLERANCE
-        is_complete = ~reaches[:, -1] | (count >= len(vectors))
-        earlier = reaches & (found.rows < pending[:, None])
+        is_near = found.scores >= threshold - SCORE_TOLERANCE
+        is_complete = ~is_near[:, -1] | (count >= len(vectors))
+        earlier = is_near & (found.rows < pending[:, None])
         for i in np.flatnonzero(is_complete & earlier.any(1)).tolist():
             neighbors[int(pending[i])] = found.rows[i][earlier[i]]
-        pending, count = pending[~is_complete], count * GROWTH
+        pending, count = pending[~is_complete], count * NEIGHBORS_GROWTH
     return neighbors
