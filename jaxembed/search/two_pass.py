@@ -129,7 +129,7 @@ def search_in_two_passes(
     with (
         np.errstate(invalid="ignore", over="ignore"),  # numbers that are not finite make a query unsure
         jax.set_mesh(None),  # a caller may have set a mesh of several devices
-        ThreadPoolExecutor(sizes.threads) as threads,
+        ThreadPoolExecutor(sizes.threads, initializer=_ignore_infinities) as threads,
         progress_bar(total=len(first_queries) * len(first_rows), unit="block", desc="search", disable=not show_progress) as bar,
     ):
         corpus = _Corpus(documents, sizes.documents)
@@ -148,6 +148,11 @@ def search_in_two_passes(
             for part, ranking in zip(parts, rankings, strict=True):
                 rows[part], scores[part], is_unsure[part] = ranking.result()
     return rows, scores, np.flatnonzero(is_unsure)
+
+
+def _ignore_infinities() -> None:
+    """Let a thread compute with numbers that are not finite. It does not inherit this from the thread that starts it."""
+    np.seterr(invalid="ignore", over="ignore")
 
 
 class _Corpus:
