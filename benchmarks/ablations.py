@@ -7,10 +7,10 @@ BASE is the folder of a small pretrained decoder. DATA is a folder with ag_news/
 BEIR folder of the same kind), banking77/{train,test}.jsonl (texts and labels) and stsb/en/{train,test}.jsonl (scored pairs).
 MINER is an embedding model that finds hard negatives, such as MiniLM.
 
-Every row of an ablation is trained from BASE, once per seed. Scores: nDCG@10 of the BEIR folder, Spearman's correlation of the
-scored pairs, and the accuracy of logistic regression on the labels. Each finished run is one line of OUT.jsonl, and later
-commands with the same settings do not repeat it. Prints the tables, with the papers' differences next to ours; --report only
-prints the tables.
+Every row of an ablation is trained from BASE, once per seed; rows with the same config share their runs. Scores: nDCG@10 of the
+BEIR folder, Spearman's correlation of the scored pairs, and the accuracy of logistic regression on the labels. Each finished
+run is one line of OUT.jsonl, and later commands with the same settings do not repeat it. Prints the tables, with the papers'
+differences next to ours; --report only prints the tables.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ INSTRUCTIONS = {
     "similar": "Retrieve semantically similar text.",
 }
 WIDTHS = (512, 256, 128, 64)  # KaLM, section 2.2
+FACTORS = (1, 3)  # of the batch size and the number of epochs
 
 
 class Claim(NamedTuple):
@@ -83,6 +84,9 @@ class Settings:
         steps: Training steps of a run.
         batch_size: Queries per step.
         learning_rate: Peak learning rate.
+        negatives: Hard negatives per query.
+        max_length: Tokens to which texts are truncated.
+        dtype: Data type of matmuls.
     """
 
     base: str
@@ -91,6 +95,9 @@ class Settings:
     steps: int
     batch_size: int
     learning_rate: float
+    negatives: int
+    max_length: int
+    dtype: str
 
     @functools.cached_property
     def widths(self) -> list[int]:
@@ -214,12 +221,12 @@ def make_width_ablation(settings: Settings) -> Ablation:
 
 
 def make_batch_ablation(settings: Settings) -> Ablation:
-    """Return one to three times the batch and the epochs, with and without a mask of false negatives (KaLM, Figure 5)."""
+    """Return one and three times the batch and the epochs, with and without a mask of false negatives (KaLM, Figure 5)."""
     rows = {}
     for masked in (False, True):
         infonce = {"name": "infonce", "temperature": 0.05} | ({"margin": 0.1} if masked else {})
-        for size in (1, 2, 3):
-            for epochs in (1, 2, 3):
+        for size in FACTORS:
+            for epochs in FACTORS:
                 keys = {"batch_size": size * settings.batch_size, "steps": max(settings.steps * epochs // size, 1)}
                 rows[name_batch(size, epochs, masked)] = {"train": keys, "objectives": [infonce]}
     claims = []
@@ -238,20 +245,30 @@ def name_batch(size: int, epochs: int, masked: bool) -> str:
 # A run
 
 
-def train_row(settings: Settings, changes: Mapping[str, Any], seed: int, folder: Path) -> None:
-    """Train a row with one seed. `changes` are those of the row, and `folder` becomes the run directory."""
-    train_keys = {"batch_size": settings.batch_size, "seed": seed, "log_every": 10, "checkpoint_every": 10**6}
+def make_tree(settings: Settings, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of a row without its seed and its run directory. `changes` are those of the row."""
+    train_keys = {"batch_size": settings.batch_size, "log_every": 10, "checkpoint_every": 10**6}
     tree: dict[str, Any] = {
-        "run": {"dir": str(folder)},
-        "model": {"base": settings.base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False},
-        "data": {"max_length": 128, "hard_negatives": 3, **make_sources(settings.data, *INSTRUCTIONS)},
+        "model": {"base": settings.base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False,
+                  "dtype": settings.dtype},
+        "data": {"max_length": settings.max_length, "hard_negatives": settings.negatives,
+                 **make_sources(settings.data, *INSTRUCTIONS)},
         "objectives": [{"name": "infonce", "temperature": 0.05}],
-        "mine": {"model": settings.miner, "rule": "topk_perc_pos", "negatives": 3},
+        "mine": {"model": settings.miner, "rule": "topk_perc_pos", "negatives": settings.negatives},
         "optim": {"learning_rate": settings.learning_rate, "warmup_steps": 5},
         "train": train_keys if "stages" in changes else train_keys | {"steps": settings.steps},
         "mesh": {"data": 1},
-    }
-    train(parse_config(merge_trees(tree, changes), "ablation"))
+    }  # fmt: skip
+    return merge_trees(tree, changes)
+
+
+def train_row(settings: Settings, changes: Mapping[str, Any], seed: int, folder: Path) -> None:
+    """Train a row with one seed. `changes` are those of the row, and `folder` becomes the run directory."""
+    train(
+        parse_config(
+            merge_trees(make_tree(settings, changes), {"run": {"dir": str(folder)}, "train": {"seed": seed}}), "ablation"
+        )
+    )
 
 
 def score_model(settings: Settings, model: str, has_instructions: bool, widths: Sequence[int]) -> Scores:
@@ -266,7 +283,7 @@ def score_model(settings: Settings, model: str, has_instructions: bool, widths: 
     Returns:
         The scores of `SCORES` by name, those of truncated vectors as NAME@WIDTH, and the mean of the full width.
     """
-    embedder = Embedder.load(model)
+    embedder = Embedder.load(model, dtype=settings.dtype)
     paths = {"retrieval": ("news", "ag_news/retrieval"), "sts": ("similar", "stsb/en/test.jsonl"),
              "classification": ("banking", "banking77/test.jsonl")}  # fmt: skip
     sections = [
@@ -287,20 +304,58 @@ def score_model(settings: Settings, model: str, has_instructions: bool, widths: 
 # Results
 
 
+class RowKey(NamedTuple):
+    """Identifies a row.
+
+    Attributes:
+        ablation: Name of its ablation.
+        row: Name of the row in its ablation.
+    """
+
+    ablation: str
+    row: str
+
+    @property
+    def has_instructions(self) -> bool:
+        """Whether the queries of its scores get their instructions."""
+        return self != ("instructions", "without")
+
+    @property
+    def scores_widths(self) -> bool:
+        """Whether its truncated vectors are scored too."""
+        return self.ablation == "widths"
+
+
+def find_trained_rows(settings: Settings) -> dict[RowKey, RowKey]:
+    """Return which row each row shares its runs with: the first row whose config and scores are the same, often itself."""
+    trees = {
+        RowKey(name, row): make_tree(settings, changes)
+        for name, ablation in list_ablations(settings).items()
+        for row, changes in ablation.rows.items()
+    }
+
+    def find_first(key: RowKey) -> RowKey:
+        return next(first for first in trees if trees[first] == trees[key] and first.scores_widths == key.scores_widths)
+
+    return {key: find_first(key) for key in trees}
+
+
 def run_missing(settings: Settings, names: Sequence[str], seeds: int, finished: FinishedRuns) -> None:
     """Train and score the runs that the results lack."""
+    ablations, trained_rows = list_ablations(settings), find_trained_rows(settings)
     for name in names:
-        for row, changes in list_ablations(settings)[name].rows.items():
+        for row, changes in ablations[name].rows.items():
+            key = trained_rows[RowKey(name, row)]
             for seed in range(seeds):
-                measure = functools.partial(measure_run, settings, (name, row), changes, seed)
-                finished.run_missing(measure, ablation=name, row=row, seed=seed)
+                measure = functools.partial(measure_run, settings, key, changes, seed)
+                finished.run_missing(measure, **key._asdict(), seed=seed)
 
 
-def measure_run(settings: Settings, key: tuple[str, str], changes: Mapping[str, Any], seed: int, folder: Path) -> Scores:
-    """Train a row, which `key` names with its ablation, and return its scores. `folder` becomes the run directory."""
+def measure_run(settings: Settings, key: RowKey, changes: Mapping[str, Any], seed: int, folder: Path) -> Scores:
+    """Train a row and return its scores. `folder` becomes the run directory."""
     train_row(settings, changes, seed, folder)
-    widths = settings.widths if key[0] == "widths" else ()
-    return score_model(settings, str(folder), key != ("instructions", "without"), widths)
+    widths = settings.widths if key.scores_widths else ()
+    return score_model(settings, str(folder), key.has_instructions, widths)
 
 
 def judge_claim(claim: Claim, values: Mapping[str, Sequence[float]]) -> tuple[str, str]:
@@ -324,9 +379,10 @@ def judge_claim(claim: Claim, values: Mapping[str, Sequence[float]]) -> tuple[st
 
 def print_report(settings: Settings, names: Sequence[str], finished: FinishedRuns) -> None:
     """Print the tables of finished runs."""
+    trained_rows = find_trained_rows(settings)
     for name in names:
         ablation = list_ablations(settings)[name]
-        runs = {row: finished.read(ablation=name, row=row) for row in ablation.rows}
+        runs = {row: finished.read(**trained_rows[RowKey(name, row)]._asdict()) for row in ablation.rows}
         done = {row: row_runs for row, row_runs in runs.items() if row_runs}
         if not done:
             continue
@@ -355,6 +411,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of a row (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="queries a step (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="(default: %(default)s)")
+    parser.add_argument("--negatives", type=int, default=3, help="hard negatives per query (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--report", action="store_true", help="print the tables of finished runs without training")
     args = parser.parse_args(arguments)
     cli.set_up_jax()

@@ -44,13 +44,19 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(base), str(data), str(base), str(root / "results.jsonl")]
 
 
+def make_settings(ablations: Any, arguments: list[str], **changes: Any) -> Any:
+    """Return settings with the folders of `arguments`."""
+    base, data, miner, _ = arguments
+    shared = {"steps": 1, "batch_size": 4, "learning_rate": 1e-4, "negatives": 3, "max_length": 128, "dtype": "float32"}
+    return ablations.Settings(base, Path(data), miner, **shared | changes)
+
+
 def test_runs_are_kept_and_compared_with_the_paper(
     ablations: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One of the two rows is there already. The other one is trained."""
     use_one_device(monkeypatch)
-    base, data, miner, results = arguments
-    settings = ablations.Settings(base, Path(data), miner, steps=1, batch_size=4, learning_rate=1e-4)
+    settings, results = make_settings(ablations, arguments), arguments[-1]
     scores = dict.fromkeys((*ablations.SCORES, "mean"), 0.5)
     known = {
         "ablation": "labels",
@@ -58,7 +64,7 @@ def test_runs_are_kept_and_compared_with_the_paper(
         "seed": 0,
         "scores": scores,
         "minutes": 1.0,
-        "settings": dataclasses.asdict(settings) | {"data": data},
+        "settings": dataclasses.asdict(settings) | {"data": str(settings.data)},
     }
     Path(results).write_text(json.dumps(known) + "\n")
     options = ["--only", "labels", "--steps", "1", "--batch-size", "4", "--seeds", "1"]
@@ -83,15 +89,24 @@ def test_runs_are_kept_and_compared_with_the_paper(
 def test_every_row_is_a_valid_config(ablations: Any, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[Any] = []
     monkeypatch.setattr(ablations, "train", trained.append)
-    base, data, miner, _ = arguments
-    settings = ablations.Settings(base, Path(data), miner, steps=4, batch_size=2, learning_rate=1e-4)
+    settings = make_settings(ablations, arguments, steps=4, batch_size=2)
     listed = ablations.list_ablations(settings)
     for ablation in listed.values():
         for changes in ablation.rows.values():
-            ablations.train_row(settings, changes, 0, Path(data) / "run")
+            ablations.train_row(settings, changes, 0, settings.data / "run")
         assert {row for claim in ablation.claims for row in (claim.higher, claim.lower)} <= set(ablation.rows)
     assert len(trained) == sum(len(ablation.rows) for ablation in listed.values())
-    assert len({run.dump() for run in trained}) == len(trained) - 4  # five ablations have the same first row
+    assert len({run.dump() for run in trained}) == len(trained) - 4  # five ablations have a row of the same config
+
+
+def test_rows_with_the_same_config_share_their_runs(ablations: Any, arguments: list[str]) -> None:
+    shared = ablations.find_trained_rows(make_settings(ablations, arguments, steps=30))
+    first = ablations.RowKey("pooling", "mean, bidirectional")
+    assert {key for key, trained in shared.items() if trained == first} == {
+        first, ("negatives", "mined (95% of the positive)"), ("instructions", "with"), ("batches", "batch x 1, epochs: 1"),
+    }  # fmt: skip
+    assert all(trained == key for key, trained in shared.items() if trained != first)
+    assert shared["widths", "plain"] == ("widths", "plain")  # trained for itself, because it has more scores
 
 
 def test_every_row_of_the_objectives_is_a_valid_config(
