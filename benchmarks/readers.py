@@ -19,6 +19,7 @@ import json
 import os
 import re
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ REASON_PATTERNS = {
     "newline": "line breaks|mask|other vectors", "prompt": "instruction|line breaks|mask|other vectors",
     "cut": "maximum length|line breaks|mask|other vectors",
 }  # fmt: skip
+MAX_REASON_CHARS = 160  # of the reason why a program refuses an export
 SHORT_DIM = 32  # dimensions of truncated vectors, as in reader_programs/row_files.py
 TORCH = "torch==2.13.0"  # the CPU build
 # Packages of each environment.
@@ -235,7 +237,7 @@ def compare(folder: Path, result: dict[str, Any], dim: int | None) -> Comparison
     if "refusal" in result:
         reason = re.sub(r"/\S+/", "", result["refusal"]).replace("|", "/")
         reason = re.sub(rf"'{folder.name}'|(?<=in ){folder.name}(?=\.)", "KIND", reason)
-        return Comparison({}, refusal=reason[:160], limit=limit)
+        return Comparison({}, refusal=textwrap.shorten(reason, MAX_REASON_CHARS, placeholder=" ..."), limit=limit)
     rows = json.loads(folder.with_name(f"{folder.name}.json").read_text(encoding="utf-8"))
     cosines: dict[str, list[float]] = {}
     refused = []
