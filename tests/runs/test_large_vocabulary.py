@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from helpers import tiny
-from helpers.runs import make_config, read_losses, train_until_stopped, write_base_and_data
+from helpers.runs import make_config, make_staged_config, read_losses, train_until_stopped, write_base_and_data
 from jaxembed import Embedder
 from jaxembed.config import Config, load_config
 from jaxembed.data.pipeline import iter_batches
@@ -179,6 +180,35 @@ def test_a_run_resumes_exactly(folder: Path, trained: Path, lazily_trained: Path
     assert read_losses(half_dir) == read_losses(reference)
     half, whole = load_params(half_dir), load_params(reference)
     assert all(np.array_equal(half[path], whole[path]) for path in whole)
+
+
+def test_stages_with_one_optimizer_switch_between_dense_and_lazy_updates(folder: Path) -> None:
+    """Tokens of earlier stages that a stage does not read keep moving by their momentum, unless it is lazy."""
+    stages = [
+        {"train": {"steps": 2}, "optim": {"lazy_embedding": is_lazy, "restart": False}} for is_lazy in (False, True, False)
+    ]
+    keys = [*CONSTANT, "optim.weight_decay=0", "mesh.data=1", "eval.sets=[]", "train.batch_size=2"]
+    keys += ["train.checkpoint_every=2", "train.keep_checkpoints=9"]
+    config = make_staged_config(folder, "switched", stages, *keys)
+    train(config)
+    stopped = make_staged_config(folder, "switched-stopped", stages, *keys)
+    train_until_stopped(stopped, 3)
+    train(stopped)
+    assert read_losses(folder / "switched-stopped") == read_losses(folder / "switched")
+    embeddings = [load_embedding(folder / "base"), *(load_embedding(folder / "switched", step) for step in ("2", "4", "6"))]
+    np.testing.assert_array_equal(load_embedding(folder / "switched-stopped", "last"), embeddings[-1])
+    changed = [set(np.flatnonzero((x != y).any(axis=1))) for x, y in itertools.pairwise(embeddings)]
+    rows = [
+        set(np.unique([batch.batch.texts.tokens for batch in iter_batches(stage.plan, stage.batch_builder, 0, 2)])) - {0}
+        for stage in open_run(config, make_mesh(1)).stages
+    ]  # without the padding, which has no gradient
+    seen = [rows[0], rows[0] | rows[1], rows[0] | rows[1] | rows[2]]
+    assert seen[1] != rows[1] and seen[2] != rows[2]
+    assert changed == [rows[0], rows[1], seen[2]]
+
+
+def load_embedding(model: Path, checkpoint: str = "best") -> np.ndarray:
+    return np.asarray(Embedder.load(model, checkpoint=checkpoint).params["decoder"]["embedding"])
 
 
 def test_an_export_has_the_vectors_of_the_run_and_the_embedding_of_the_base(
