@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     if any(isinstance(step, SearchStepConfig) and step.by != BM25 for task in config.tasks for step in task.steps):
         cli.set_up_jax()
     options = ServerOptions(
-        urls=args.server, model=args.model, key=read_key(args.key_env), key_variable=args.key_env,
+        urls=args.server, model=args.model, api_key=read_key(args.key_env), key_variable=args.key_env,
         timeout_s=args.timeout, concurrency=args.concurrency,
     )  # fmt: skip
     with ExitStack() as stack:

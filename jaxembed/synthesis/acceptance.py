@@ -70,6 +70,7 @@ class RowRules:
     """Decides which rows of a task are accepted.
 
     Attributes:
+        format: Format of the rows.
         rejected: Number of rejected rows by reason.
         quota_counts: For each quota, the number of accepted rows by group.
     """

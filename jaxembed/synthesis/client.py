@@ -17,14 +17,14 @@ class TokenCounts:
 
     Attributes:
         requests: Answered requests, from a server or the store.
-        stored: Requests answered from the store.
+        stored_answers: Requests answered from the store.
         prompt_tokens: Tokens of the prompts.
         completion_tokens: Tokens of the answers.
         new_tokens: Tokens of prompts and answers that did not come from the store.
     """
 
     requests: int = 0
-    stored: int = 0
+    stored_answers: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     new_tokens: int = 0
@@ -76,7 +76,7 @@ class LlmClient:
         answer = stored_answer or self._source.ask(request)
         with self._lock:
             self.counts.requests += 1
-            self.counts.stored += stored_answer is not None
+            self.counts.stored_answers += stored_answer is not None
             self.counts.prompt_tokens += answer.prompt_tokens
             self.counts.completion_tokens += answer.completion_tokens
             self.counts.new_tokens += 0 if stored_answer else answer.total_tokens

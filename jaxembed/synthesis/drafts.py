@@ -23,7 +23,8 @@ class Draft:
     """A row that is being written.
 
     Attributes:
-        path: Identifies the draft: task, index of the first request or input row, and one index for each later split.
+        path: Identifies the draft: its task, the index of its first request or input row, and an index for each repeat and
+            list item.
         fields: Fields of answers and drawn values, keyed by step; fields of the input row, keyed by input.
         request_keys: Keys of the requests whose answers went into it.
         time: Time of its latest answer; empty if there is none.

@@ -20,12 +20,12 @@ from jaxembed.verification.http_client import (
     parse_root,
 )
 
-MAX_ATTEMPTS = 8  # of a request with transient failures
+MAX_ATTEMPTS = 8  # for a request with transient failures
 FIRST_WAIT_S = 0.5  # the wait doubles up to `MAX_WAIT_S`, unless the server says how long
 RETRIED_STATUSES = (408, 409, 425, 429)  # and all from 500 on
 CONTEXT_WORDS = ("context length", "context_length", "context window", "context size", "max_model_len", "maximum model length")
 API_PATH = "/v1"
-# Key of a request -> words in the error of a server that refuses it.
+# Option of a request -> words in the error of a server that refuses it.
 OPTION_WORDS = {
     "response_format": ("response_format", "json_schema", "json schema", "grammar", "guided", "structured"),
     "seed": ("seed",), "logprobs": ("logprobs",), "temperature": ("temperature",), "top_p": ("top_p",),
@@ -57,22 +57,22 @@ class ServerOptions:
     Attributes:
         urls: URLs of the servers. All serve the same model.
         model: Name of the model.
-        key: API key for all servers; empty for none.
-        key_variable: Environment variable that holds the key, for messages.
+        api_key: API key for all servers; empty for none.
+        key_variable: Environment variable that holds the API key, for messages.
         timeout_s: Timeout of a request, in seconds.
         concurrency: Maximum number of concurrent requests to all servers together.
     """
 
     urls: Sequence[str]
     model: str
-    key: str = dataclasses.field(default="", repr=False)
+    api_key: str = dataclasses.field(default="", repr=False)
     key_variable: str = KEY_VARIABLE
     timeout_s: float = 120.0
     concurrency: int = 16
 
     def redact(self, text: str) -> str:
-        """Remove the key from a text that a server sent."""
-        return text.replace(self.key, "***") if self.key else text
+        """Remove the API key from a text that a server sent."""
+        return text.replace(self.api_key, "***") if self.api_key else text
 
 
 class Endpoint:
@@ -92,8 +92,8 @@ class Endpoint:
 
         root = parse_root(url)
         self.url = root if root.count("/") > 2 else root + API_PATH
-        key = options.key or "none"  # the library needs one
-        self.client = openai.OpenAI(base_url=self.url, api_key=key, timeout=options.timeout_s, max_retries=0)
+        api_key = options.api_key or "none"  # the library needs one
+        self.client = openai.OpenAI(base_url=self.url, api_key=api_key, timeout=options.timeout_s, max_retries=0)
         self.running, self.failures, self.ready_at = 0, 0, 0.0
 
 
@@ -188,7 +188,7 @@ class Endpoints:
             raise error
         quote, lowered = self._quote(error), f"{error.code} {error.param} {error.message}".lower()
         if error.status_code in (401, 403):
-            state = "does not accept the key in" if self._options.key else "needs a key, which is read from"
+            state = "does not accept the key in" if self._options.api_key else "needs a key, which is read from"
             raise UserError(
                 f"{endpoint.url}: the server {state} the environment variable {self._options.key_variable} "
                 f"(status {error.status_code}: {quote}). Set it to a key of this server."
@@ -204,7 +204,7 @@ class Endpoints:
         ) from None
 
     def _quote(self, error: Exception) -> str:
-        """Return the message of an error, without the key."""
+        """Return the message of an error, without the API key."""
         body = getattr(error, "body", None)
         message = body.get("message") if isinstance(body, dict) else None
         reason = error.__cause__ if getattr(error, "status_code", None) is None and error.__cause__ else error

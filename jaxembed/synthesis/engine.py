@@ -150,7 +150,7 @@ def make_report(
         "version": config.version,
         "model": client.model,
         "tokens": {
-            "requests": counts.requests, "stored_answers": counts.stored, "prompt_tokens": counts.prompt_tokens,
+            "requests": counts.requests, "stored_answers": counts.stored_answers, "prompt_tokens": counts.prompt_tokens,
             "completion_tokens": counts.completion_tokens, "new_tokens": counts.new_tokens,
         },
         "invalid_share": round(compute_invalid_share(tasks), 4),

@@ -24,8 +24,8 @@ class RequestWorker:
     """Sends requests, in a process of the cluster. Its threads share the HTTP clients."""
 
     def __init__(self, options: ServerOptions):
-        """Create the HTTP clients with the key of this process's environment."""
-        self._servers = LlmServers(dataclasses.replace(options, key=read_key(options.key_variable)))
+        """Create the HTTP clients with the API key of this process's environment."""
+        self._servers = LlmServers(dataclasses.replace(options, api_key=read_key(options.key_variable)))
 
     def ask(self, request: Request) -> Answer | Exception:
         """Return the answer to a request, or the error that `LlmServers.ask` raises: Ray would wrap a raised one."""
@@ -43,10 +43,10 @@ class RayServers:
     """
 
     def __init__(self, cluster: RayCluster, options: ServerOptions):
-        """Start the workers, which divide `options.concurrency`. The key stays here: each worker reads its own."""
+        """Start the workers, which divide `options.concurrency`. The API key stays here: each worker reads its own."""
         self.options, self._cluster = options, cluster
         threads = -(-options.concurrency // cluster.num_workers)
-        workers = cluster.start_workers(RequestWorker, dataclasses.replace(options, key=""), threads=threads)
+        workers = cluster.start_workers(RequestWorker, dataclasses.replace(options, api_key=""), threads=threads)
         self._workers, self._lock = itertools.cycle(workers), threading.Lock()
 
     def ask(self, request: Request) -> Answer:

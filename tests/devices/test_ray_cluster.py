@@ -132,7 +132,7 @@ def test_workers_of_a_cluster_write_the_same_rows_and_may_end(tmp_path: Path) ->
     cases = [("spread", "end_once"), ("failed", "fail"), ("absent", "absent"), ("ended", "end")]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "OPENAI_API_KEY": KEY}
     with run_llm_server(Behavior(fault_share=0.2, flaw_share=0.1, key=KEY, delay_s=0.05)) as server:
-        options = {"urls": [server.url], "model": MODEL, "key": KEY, "concurrency": 4}
+        options = {"urls": [server.url], "model": MODEL, "api_key": KEY, "concurrency": 4}
         command = [sys.executable, "-c", SCRIPT, json.dumps(cases), json.dumps(options)]
         result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
