@@ -45,7 +45,10 @@ def is_worthwhile(x: jax.Array, kernel: jax.Array) -> bool:
 
 @jax.custom_vjp
 def matmul(x: BFloat16[Array, "t i"], kernel: Float[Array, "i o"]) -> BFloat16[Array, "t o"]:
-    """Compute `x @ kernel` in bfloat16. The kernel may be stored in another dtype, and its gradient is not rounded before."""
+    """Compute `x @ kernel` in bfloat16.
+
+    The kernel may have another dtype. Its gradient is converted to that dtype from float32, without rounding to bfloat16 first.
+    """
     return _einsum("ti,io->to", x, kernel.astype(x.dtype)).astype(x.dtype)
 
 
@@ -68,7 +71,11 @@ def _einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _transpose_in_memory(x: BFloat16[Array, "t i"]) -> BFloat16[Array, "i t"]:
-    """Return x transposed, as two halves: XLA would merge a single transposition into the matmul, whose sum it then changes."""
+    """Return x transposed, in two halves.
+
+    XLA would fold a single transposition into the matmul. The sum would then run over the first axis, for which XLA converts
+    both operands to float32.
+    """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint16)  # XLA would convert bfloat16 numbers to float32 to copy them
     halves = jnp.split(bits, [x.shape[1] // 2], axis=1)
     return jax.lax.bitcast_convert_type(jnp.concatenate([half.T for half in halves]), x.dtype)

@@ -28,7 +28,7 @@ IDLE_S = 1.0  # without a call for this long, no program is running
 API_VERSION = (0, 1)  # major and minor version of the interface that the structures below describe
 
 
-# The structures of c_api.h, as far as they are read here.
+# The structures of c_api.h, up to the last field that is read here.
 class _Version(ctypes.Structure):
     _fields_ = (("size", ctypes.c_size_t), ("extension", ctypes.c_void_p), ("major", ctypes.c_int), ("minor", ctypes.c_int))
 
@@ -77,8 +77,8 @@ def _as_matrix(buffer: Any) -> np.ndarray:
     return np.frombuffer(data, np.float32).reshape(rows, columns)
 
 
-class _Calls:
-    """Bookkeeping of the calls from XLA.
+class _CallState:
+    """State that all calls from XLA share.
 
     Attributes:
         last_end: When the last call ended (`time.monotonic`); infinite while one runs.
@@ -99,15 +99,15 @@ def _make_handler(view_a: Callable[[np.ndarray], np.ndarray], view_b: Callable[[
             return
         a, b = (_as_matrix(frame.contents.operands.buffers[i]) for i in range(2))
         result = _as_matrix(frame.contents.results.buffers[0])
-        with _Calls.lock:
-            _Calls.last_end = math.inf
+        with _CallState.lock:
+            _CallState.last_end = math.inf
             try:
                 np.matmul(view_a(a), view_b(b), out=result)
-            except BaseException:  # ctypes prints it and goes on: an unfinished result must not be mistaken for a matmul
+            except BaseException:  # ctypes prints the error and continues: XLA must not use an unfinished result
                 result.fill(np.nan)
                 raise
             finally:
-                _Calls.last_end = time.monotonic()
+                _CallState.last_end = time.monotonic()
 
     return _Handler(multiply)
 
@@ -116,7 +116,7 @@ def _identity(x: np.ndarray) -> np.ndarray:
     return x
 
 
-# By the operand that is transposed. The handlers must live as long as XLA may call them.
+# By the operand that is transposed: none, the first, or the second. XLA may call the handlers until the process ends.
 _HANDLERS = {
     "": _make_handler(_identity, _identity),
     "first": _make_handler(np.transpose, _identity),
@@ -127,13 +127,14 @@ _HANDLERS = {
 def _register_handlers() -> None:
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-    for transposed, handler in _HANDLERS.items():
+    for transposed_operand, handler in _HANDLERS.items():
         address = ctypes.cast(handler, ctypes.c_void_p)
-        jax.ffi.register_ffi_target(_name_target(transposed), capsule(address, None, None), platform="cpu")
+        jax.ffi.register_ffi_target(_name_target(transposed_operand), capsule(address, None, None), platform="cpu")
 
 
-def _name_target(transposed: str) -> str:
-    return f"jaxembed_matmul_{transposed}"
+def _name_target(transposed_operand: str) -> str:
+    """Return the name under which compiled programs call a handler: a key of `_HANDLERS` with a prefix."""
+    return f"jaxembed_matmul_{transposed_operand}"
 
 
 _register_handlers()
@@ -145,7 +146,7 @@ def _wait_until_idle() -> None:
 
     Their next call would wait forever for an interpreter that has ended.
     """
-    while time.monotonic() - _Calls.last_end < IDLE_S:
+    while time.monotonic() - _CallState.last_end < IDLE_S:
         time.sleep(0.02)
 
 
@@ -161,10 +162,11 @@ def is_large_on_one_cpu(x: jax.Array, kernel: jax.Array) -> bool:
     return x.ndim == 2 and is_one_cpu and 2 * x.size * kernel.shape[1] >= MIN_FLOPS
 
 
-def _call_blas(transposed: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    rows = a.shape[1] if transposed == "first" else a.shape[0]
-    columns = b.shape[0] if transposed == "second" else b.shape[1]
-    y = jax.ffi.ffi_call(_name_target(transposed), jax.ShapeDtypeStruct((rows, columns), np.float32))(a, b)
+def _call_blas(transposed_operand: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the matmul of a and b, one of which may be transposed (a key of `_HANDLERS`)."""
+    rows = a.shape[1] if transposed_operand == "first" else a.shape[0]
+    columns = b.shape[0] if transposed_operand == "second" else b.shape[1]
+    y = jax.ffi.ffi_call(_name_target(transposed_operand), jax.ShapeDtypeStruct((rows, columns), np.float32))(a, b)
     assert isinstance(y, jax.Array)
     return y
 

@@ -92,7 +92,7 @@ def get_auto_axes() -> tuple[str, ...]:
     return tuple(axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto)
 
 
-def shard_map_size() -> int:
+def count_map_shards() -> int:
     """Return the number of parts that `map_over_shards` splits arrays into."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or mesh.shape["fsdp"] > 1 else mesh.shape["data"]
@@ -107,7 +107,7 @@ def map_over_shards(function: Callable[..., jax.Array]) -> Callable[..., jax.Arr
       to the devices that its parameters were gathered from.
     - Without a mesh there is a single part.
     """
-    if shard_map_size() == 1:
+    if count_map_shards() == 1:
         return function
 
     def mapped(params: Any, *arrays: Any) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Act when a block of code takes too long."""
+"""Call a function when a block of code takes too long."""
 
 from __future__ import annotations
 

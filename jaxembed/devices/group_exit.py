@@ -30,8 +30,8 @@ from jaxembed.devices.standard_streams import LossyStream, StandardOutputError
 
 MAX_SILENCE_S = 120.0  # a process without a heartbeat for this long counts as lost
 MAX_HEARTBEAT_PERIOD_S = 5.0
-FAILURE_GRACE_S = 1.0  # for another process to write why it has ended
-LINGER_S = 3.0  # for the other processes to read the exit reason from process 0, with which the store ends
+FAILURE_GRACE_S = 1.0  # another process has so long to write why it has ended
+LINGER_S = 3.0  # process 0 waits so long before it ends, and the store with it, so that the others can read the exit reason
 EXIT_REASON, HEARTBEATS = "jaxembed/exit_reason", "jaxembed/heartbeats/"
 DEFAULT_HANDLER = 0  # SIG_DFL
 RESUME_HINT = "Run the same command on all processes to resume from the last checkpoint."
@@ -72,6 +72,14 @@ class GroupMonitor:
     """Watches the other processes of a group, and ends this process when the group ends."""
 
     def __init__(self, store: KeyValueStore, index: int, count: int, limit_s: float):
+        """Prepare to watch a group of processes.
+
+        Args:
+            store: The store that the processes share.
+            index: Index of this process.
+            count: Number of processes.
+            limit_s: Seconds within which all processes must have ended if one is lost.
+        """
         self._store, self._index, self._count = store, index, count
         self._max_silence_s = min(limit_s / 2, MAX_SILENCE_S)
         self._period_s = min(self._max_silence_s / 5, MAX_HEARTBEAT_PERIOD_S)
@@ -102,6 +110,7 @@ class GroupMonitor:
                 self._exit(reason)
 
     def _watch(self) -> None:
+        """Send heartbeats until the group ends. Process 0 also writes the exit reason for a process that sends none."""
         heartbeat = 0
         last_seen = {i: (b"", time.monotonic()) for i in range(self._count)}
         while True:

@@ -105,6 +105,7 @@ def make_fsdp_mesh(fsdp: int) -> Mesh:
 
 
 def _arrange_devices(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Return an array of devices whose neighbors along an axis are neighbors on the machine. Slices lie along `data`."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return _prefer_whole_axes(functools.partial(mesh_utils.create_device_mesh, shape, devices))
@@ -170,7 +171,7 @@ class Shards:
     Attributes:
         count: Number of shards of the global batch.
         local: Indices of the shards that this process's devices hold, completely or in part.
-        counted: Those of `local` that no process with a lower index holds, so that each shard is counted once.
+        counted: Those of `local` that count in totals here. The process with the lowest index among its holders counts a shard.
     """
 
     count: int

@@ -83,7 +83,7 @@ def put_local_parts(
     Args:
         sharding: Sharding of the global array.
         shape: Shape of the global array.
-        make_part: Returns the part at an index of the global array. It is called once for each distinct part.
+        make_part: Returns the part of the global array at an index (one slice per axis). It is called once per distinct part.
     """
     indices = sharding.addressable_devices_indices_map(shape)
     parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}

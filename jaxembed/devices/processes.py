@@ -35,7 +35,7 @@ MAX_JOIN_S = 86_400
 POLL_INTERVAL_S = 1.0
 JOIN_REMINDER_S = 10.0  # after this time, a log line says what the start waits for
 COUNT_KEY = "jaxembed/count"
-# Words in JAX's errors which mean that another process is gone.
+# Parts of JAX's error messages that mean that another process is gone.
 CONNECTION_ERRORS = ("Gloo", "NCCL", "UNAVAILABLE", "CoordinationService", "DEADLINE_EXCEEDED", "Barrier")
 
 log = logging.getLogger("jaxembed")
@@ -209,6 +209,7 @@ def _hide_progress() -> None:
 
 
 def _leave(monitor: GroupMonitor) -> None:
+    """Leave the group once all processes are done."""
     import jax
 
     barrier()

@@ -1,8 +1,8 @@
-"""Read the memory of a step from the TPU compiler as soon as it has assigned it, before it generates machine code.
+"""Read the memory of a step from the TPU compiler's buffer assignment, before the compiler generates machine code.
 
-Generating code takes more than nine tenths of the time of a compilation, and a plan needs none of it. XLA has no option to stop
-before it, but writes its assignment of memory to a folder on request (`write_assignments`). So a child process compiles the
-program in a thread, waits for these files, and ends without waiting for the thread (`run_in_child`).
+Code generation takes more than nine tenths of a compilation, and a plan does not need the code. XLA has no option to stop
+before it, but it can dump its buffer assignment to a folder (`write_assignments`). So a child process compiles the program in a
+thread, waits for these files, and ends without waiting for the thread (`run_in_child`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from jaxembed.errors import UserError
 
 T = TypeVar("T")
 FILE_POLL_INTERVAL_S = 0.05
-# Files of a module: its optimized HLO, the assignment, and one that XLA writes after both.
-HLO, ASSIGNMENT, FINISHED = (
+# Name endings of the files that XLA dumps for a module: its optimized HLO, its buffer assignment, and one written after both.
+HLO_SUFFIX, ASSIGNMENT_SUFFIX, FINISHED_SUFFIX = (
     f"after_optimizations{suffix}.txt" for suffix in ("", "-buffer-assignment", "_after_buffer_assignment")
 )
-# A buffer of the assignment: its size, and its properties. A color is another memory than the device memory, such as VMEM.
-ALLOCATION = re.compile(r"^allocation \d+: size (\d+), (.*):$", re.M)
+# The line of a buffer in an assignment: its size in bytes, and its properties.
+ALLOCATION_LINE = re.compile(r"^allocation \d+: size (\d+), (.*):$", re.M)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Assignment:
 
 
 def write_assignments(folder: Path) -> None:
-    """Let XLA write its assignments of memory to a folder. Call it before JAX compiles for the first time."""
+    """Let XLA dump its buffer assignments to a folder. Call it before JAX compiles for the first time."""
     flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=jit_(train_step|loss)$"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 
 def compile_until_assigned(lowered: Any, name: str, folder: Path) -> Assignment:
-    """Compile a lowered function in a thread, and return its memory once that is assigned.
+    """Compile a lowered function in a thread, and return its memory as soon as XLA has dumped the buffer assignment.
 
     Args:
         lowered: The lowered function.
@@ -74,16 +74,21 @@ def compile_until_assigned(lowered: Any, name: str, folder: Path) -> Assignment:
         is_done = not thread.is_alive()  # before the files are listed: then none can appear afterwards
         if errors:
             raise errors[0]
-        if finished_files := list(folder.glob(f"*.jit_{name}.*{FINISHED}")):
-            stem = finished_files[0].name.removesuffix(FINISHED)
-            return parse_assignment(*((folder / f"{stem}{suffix}").read_text() for suffix in (ASSIGNMENT, HLO)))
+        if finished_files := list(folder.glob(f"*.jit_{name}.*{FINISHED_SUFFIX}")):
+            stem = finished_files[0].name.removesuffix(FINISHED_SUFFIX)
+            return parse_assignment(*((folder / f"{stem}{suffix}").read_text() for suffix in (ASSIGNMENT_SUFFIX, HLO_SUFFIX)))
         if is_done:
             raise RuntimeError(f"XLA wrote no assignment of {name} to {folder}")
         time.sleep(FILE_POLL_INTERVAL_S)
 
 
 def parse_assignment(text: str, hlo: str) -> Assignment:
-    """Return the memory that the text of an assignment lists. Only the memory of the device counts."""
+    """Return the memory that a dumped buffer assignment lists. Only buffers in the memory of the device count.
+
+    Args:
+        text: Text of the assignment.
+        hlo: Optimized HLO text of the program.
+    """
     sizes = {"arguments": 0, "outputs": 0, "aliased": 0, "temporaries": 0}
     for size, properties in _iter_buffers(text):
         is_argument, is_output = "parameter " in properties, "maybe-live-out" in properties
@@ -95,8 +100,9 @@ def parse_assignment(text: str, hlo: str) -> Assignment:
 
 
 def _iter_buffers(text: str) -> Iterator[tuple[int, str]]:
-    """Yield size and properties of the buffers in the memory of the device."""
-    for size, properties in ALLOCATION.findall(text):
+    """Yield the size in bytes and the properties of each buffer in the memory of the device."""
+    for size, properties in ALLOCATION_LINE.findall(text):
+        # XLA marks other memories of a device, such as VMEM, by a color other than the default.
         if not re.search(r"\bcolor \d|thread-local", properties):
             yield int(size), properties
 

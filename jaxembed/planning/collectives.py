@@ -8,26 +8,26 @@ import math
 import re
 from collections.abc import Iterator
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+COLLECTIVE_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 DTYPE_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}  # the names of other dtypes contain their bits, as f32
 BETWEEN_SLICES = " between slices"
 
 # A line that opens a computation, and an instruction in it: name, result type, operation.
-COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
+COMPUTATION_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .* )?\{$")
 HLO_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(")
 ARRAY_TYPE = re.compile(r"([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
 # The computations that an instruction calls.
-CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+CALLED_COMPUTATION = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+BRANCH_COMPUTATIONS = re.compile(r"branch_computations=\{([^}]*)\}")
 # The number of iterations of a loop.
-CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+LOOP_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-CONSTANT = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
-# Who takes part in a collective, which one it is, and what it is for.
+INTEGER_CONSTANT = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
+# The groups of devices of a collective, its id, and the JAX operation that it belongs to.
 REPLICA_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\]|mesh\[([^\]]*)\] \{([^}]*)\})")
 CHANNEL_ID = re.compile(r"channel_id=(\d+)")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
-# A collective between slices. On TPUs the hosts carry it out, and the program only hands the array over.
+# A collective between slices. On TPUs the hosts run it, so the program of a device contains only the transfer to its host.
 HOST_SEND = re.compile(r' send\(.*_xla_megascale_target="\{([\d,]+)\}.*_xla_megascale_transfer_type="(\w+)"')
 
 
@@ -63,7 +63,7 @@ class Collectives:
     """The collectives of a program.
 
     Attributes:
-        collectives: All of them.
+        collectives: The collectives of every kind and scope.
         unknown_loops: Number of loops with collectives and an unknown number of iterations. They are counted once.
     """
 
@@ -89,12 +89,12 @@ def find_collectives(text: str, scopes: tuple[str, ...]) -> Collectives:
         scopes: Names given by `jax.named_scope`. A collective outside all of them has the scope "other".
     """
     computations, entry = _split_computations(text)
-    runs, unknown_loops = _count_runs(computations, entry)
+    run_counts, unknown_loops = _count_runs(computations, entry)
     # On TPUs a collective that overlaps with computation is repeated in every fusion on its way. Its channel identifies it.
     collectives: dict[str, Collective] = {}
     for name, lines in computations.items():
         for line in lines:
-            collective = _parse_collective(line, runs[name], scopes) if runs[name] else None
+            collective = _parse_collective(line, run_counts[name], scopes) if run_counts[name] else None
             if collective is not None:
                 channel = CHANNEL_ID.search(line)
                 collectives.setdefault(channel[1] if channel else f"{name} {line}", collective)
@@ -106,7 +106,7 @@ def _split_computations(text: str) -> tuple[dict[str, list[str]], str]:
     computations: dict[str, list[str]] = {}
     entry, lines = "", []
     for line in text.splitlines():
-        if start := COMPUTATION.match(line):
+        if start := COMPUTATION_HEADER.match(line):
             lines = computations.setdefault(start[2], [])
             entry = start[2] if start[1] else entry
         else:
@@ -116,29 +116,30 @@ def _split_computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 def _count_runs(computations: dict[str, list[str]], entry: str) -> tuple[dict[str, int], int]:
     """Return how often each computation runs, and the number of loops with collectives and unknown iterations."""
-    runs: dict[str, int] = collections.defaultdict(int)
+    run_counts: dict[str, int] = collections.defaultdict(int)
     unknown_loops = 0
 
     def visit(name: str, count: int) -> bool:
         """Add `count` runs of a computation and of all that it calls. Return whether there is a collective in it."""
         nonlocal unknown_loops
-        runs[name] += count
+        run_counts[name] += count
         has_collectives = False
         for line in computations.get(name, ()):
             trips = _find_trip_count(line, computations) if " while(" in line else 1
-            callees_communicate = [visit(called_name, count * (trips or 1)) for called_name in _list_called_computations(line)]
+            callees_communicate = [visit(called_name, count * (trips or 1)) for called_name in _iter_called_computations(line)]
             unknown_loops += trips is None and any(callees_communicate)
             has_collectives |= any(callees_communicate) or HOST_SEND.search(line) is not None
-            has_collectives |= any(f" {kind}(" in line or f" {kind}-start(" in line for kind in KINDS)
+            has_collectives |= any(f" {kind}(" in line or f" {kind}-start(" in line for kind in COLLECTIVE_KINDS)
         return has_collectives
 
     visit(entry, 1)
-    return runs, unknown_loops
+    return run_counts, unknown_loops
 
 
-def _list_called_computations(line: str) -> Iterator[str]:
-    yield from CALLED.findall(line)
-    for branches in BRANCHES.findall(line):
+def _iter_called_computations(line: str) -> Iterator[str]:
+    """Yield the names of the computations that an instruction calls, whether or not a condition selects them."""
+    yield from CALLED_COMPUTATION.findall(line)
+    for branches in BRANCH_COMPUTATIONS.findall(line):
         yield from (name.strip().lstrip("%") for name in branches.split(","))
 
 
@@ -146,8 +147,8 @@ def _find_trip_count(line: str, computations: dict[str, list[str]]) -> int | Non
     """Return the number of iterations of a loop: the one in its line, otherwise the only constant in its condition."""
     if match := TRIP_COUNT.search(line):
         return int(match[1])
-    condition = CONDITION.search(line)
-    constants = CONSTANT.findall("\n".join(computations.get(condition[1], ()))) if condition else []
+    condition = LOOP_CONDITION.search(line)
+    constants = INTEGER_CONSTANT.findall("\n".join(computations.get(condition[1], ()))) if condition else []
     return int(constants[0]) if len(constants) == 1 else None
 
 
@@ -157,7 +158,7 @@ def _parse_collective(line: str, count: int, scopes: tuple[str, ...]) -> Collect
         return _parse_send(line, len(send[1].split(",")), send[2], count)
     instruction = HLO_INSTRUCTION.match(line)
     kind = instruction[3].removesuffix("-start") if instruction else ""
-    if instruction is None or kind not in KINDS:
+    if instruction is None or kind not in COLLECTIVE_KINDS:
         return None
     sizes = [_count_array_bytes(*array) for array in ARRAY_TYPE.findall(instruction[2])]
     if instruction[3].endswith("-start") and kind != "all-reduce":
@@ -169,7 +170,7 @@ def _parse_collective(line: str, count: int, scopes: tuple[str, ...]) -> Collect
 
 
 def _parse_send(line: str, slices: int, transfer: str, count: int) -> Collective:
-    """Return a collective between slices, from the array that the host is given. Its line does not name its purpose."""
+    """Return a collective between slices, given the line that sends its operand to the host. The line names no scope."""
     kind, (operand, *_) = transfer.lower().replace("_", "-"), ARRAY_TYPE.findall(line)
     result_per_operand = {"all-gather": slices, "reduce-scatter": 1 / slices}
     result_bytes = round(_count_array_bytes(*operand) * result_per_operand.get(kind, 1))
@@ -177,7 +178,7 @@ def _parse_send(line: str, slices: int, transfer: str, count: int) -> Collective
 
 
 def _find_group_size(line: str) -> int:
-    """Return the devices in a group: {{0,1},...}, [groups,devices] or mesh['a'=4,'b'=2] {'b'}."""
+    """Return the number of devices in a group: {{0,1},...}, [groups,devices] or mesh['a'=4,'b'=2] {'b'}."""
     groups = REPLICA_GROUPS.search(line)
     if groups is None:
         return 1

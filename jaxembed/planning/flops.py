@@ -14,17 +14,17 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 
 def count_matmul_flops(jaxpr: Any) -> int:
-    """Count the FLOPs of all matmuls in a jaxpr, over all devices: two for each multiplication and addition.
+    """Count the FLOPs of all matmuls in a jaxpr, over all devices. A multiplication with its addition counts as two.
 
     The longest branch of a conditional is counted, and a loop without a known number of iterations once. Equations
     with unused results are not counted, because XLA removes them.
     """
     inner = getattr(jaxpr, "jaxpr", jaxpr)
     live, _ = dce_jaxpr(inner, [True] * len(inner.outvars))
-    return _count(live)
+    return _count_jaxpr_flops(live)
 
 
-def _count(jaxpr: Any) -> int:
+def _count_jaxpr_flops(jaxpr: Any) -> int:
     return sum(map(_count_equation_flops, getattr(jaxpr, "jaxpr", jaxpr).eqns))
 
 
@@ -43,14 +43,14 @@ def _count_equation_flops(equation: Any) -> int:
         a, b, y = (variable.aval.size for variable in (*equation.invars, *equation.outvars))
         return 2 * y * math.isqrt(a * b // y)
     # Equations that contain other jaxprs.
-    inner = [_count(jaxpr) for jaxpr in _iter_inner_jaxprs(params)]
+    inner_flops = [_count_jaxpr_flops(jaxpr) for jaxpr in _iter_inner_jaxprs(params)]
     if name == "cond":
-        return max(inner)
+        return max(inner_flops)
     if name == "shard_map":  # its shapes are those of one shard
-        return sum(inner) * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+        return sum(inner_flops) * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     if name == "pallas_call":  # its shapes are those of one block; blocks that a kernel skips are counted too
-        return sum(inner) * math.prod(params["grid_mapping"].grid)
-    return sum(inner) * (params["length"] if name == "scan" else 1)
+        return sum(inner_flops) * math.prod(params["grid_mapping"].grid)
+    return sum(inner_flops) * (params["length"] if name == "scan" else 1)
 
 
 def _iter_inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:

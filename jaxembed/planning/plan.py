@@ -40,7 +40,7 @@ class PlanningTarget(NamedTuple):
     Attributes:
         mesh: The devices, which need not exist here.
         memory: Bytes of memory of a device, or None if that is unknown.
-        assignments: Folder of `write_assignments`, to stop before code is generated. None: generate it.
+        assignments: Folder that `write_assignments` set, to stop before code generation. None: generate the code.
     """
 
     mesh: Mesh
@@ -63,7 +63,7 @@ def make_planning_target(config: MeshConfig, topology: str | None = None, slices
 def plan(
     config: Config, target: PlanningTarget, model: EmbeddingModel, stages: Sequence[Stage], *, with_loss: bool = True
 ) -> dict[str, Any]:
-    """Compile the step of every stage for the largest of its first batches, and report what it needs. Nothing is written.
+    """Compile the step of every stage for the largest of its first batches, and report memory and FLOPs. No file is written.
 
     Negatives that a stage will mine are replaced by other texts of the source.
 
@@ -83,7 +83,7 @@ def plan(
     reports = []
     for stage in stages:
         host_batch, num_examined = _find_largest_batch(add_stand_in_negatives(stage))
-        # The loss comes first: it is smaller, and its compiler may go on in a thread.
+        # The loss comes first: it is smaller, and its compilation may continue in a thread after its memory is known.
         loss = _plan_loss(stage, model, host_batch.batch, target) if with_loss else None
         report = _plan_step(stage, host_batch.batch, config, model, target)
         reports.append(report | {"batches_looked_at": num_examined, "loss": loss})
@@ -99,7 +99,7 @@ def _get_device_memory() -> int | None:
 
 
 def _plan_step(stage: Stage, batch: Batch, config: Config, model: EmbeddingModel, target: PlanningTarget) -> dict[str, Any]:
-    """Compile the step of a stage for a batch, and return what it needs."""
+    """Compile the step of a stage for a batch, and return the report of its resources."""
     mesh, memory, assignments = target
     # Find the shapes of the state.
     objective_params = jax.eval_shape(partial(stage.init_objective_params, model), jax.random.key(0))
@@ -107,8 +107,8 @@ def _plan_step(stage: Stage, batch: Batch, config: Config, model: EmbeddingModel
     # Compile, and compare with the memory of a device.
     with jax.set_mesh(mesh):
         step = stage.make_train_step(model, state)
-    rows, tokens = batch.row_shapes[0]
-    proposal = _propose(model, state, (rows, tokens), mesh, memory)
+    rows, row_length = batch.row_shapes[0]
+    proposal = _propose(model, state, (rows, row_length), mesh, memory)
     try:
         program, _ = compile_step(step, state, compute_batch_shapes(mesh, batch), mesh, assignments)
     except OutOfMemoryError as error:
@@ -117,19 +117,27 @@ def _plan_step(stage: Stage, batch: Batch, config: Config, model: EmbeddingModel
         raise _make_out_of_memory_error(config, stage, program.memory, memory, proposal)
     return _make_report(state, program, memory, mesh) | {
         "rows": rows,
-        "row_length": tokens,
+        "row_length": row_length,
         "proposal": proposal and {**dataclasses.asdict(proposal), "settings": proposal.describe()},
     }
 
 
 def _propose(
-    model: EmbeddingModel, state: TrainState, tokens: tuple[int, int], mesh: Mesh, memory: int | None
+    model: EmbeddingModel, state: TrainState, batch_shape: tuple[int, int], mesh: Mesh, memory: int | None
 ) -> Proposal | None:
-    """Return the proposed settings of a step; None if the memory of a device is unknown, or no settings fit."""
+    """Return the proposed settings of a step; None if the memory of a device is unknown, or no settings fit.
+
+    Args:
+        model: The model.
+        state: Shapes of the state.
+        batch_shape: Rows of the batch, and tokens of a row.
+        mesh: The devices.
+        memory: Bytes of memory of a device. None: unknown.
+    """
     if memory is None:
         return None
     parameters, frozen_parameters = count_elements(state.weights), count_elements(state.frozen)
-    sizes = make_step_sizes(model.transformer, parameters, model.lora, model.compute.dtype, tokens, frozen_parameters)
+    sizes = make_step_sizes(model.transformer, parameters, model.lora, model.compute.dtype, batch_shape, frozen_parameters)
     return propose(sizes, mesh, memory)
 
 
@@ -173,7 +181,7 @@ def _make_report(state: TrainState, program: Program, memory: int | None, mesh: 
 def _make_out_of_memory_error(
     config: Config, stage: Stage, needed_bytes: int, available_bytes: int, proposal: Proposal | None = None
 ) -> UserError:
-    """Return the error of a step that does not fit. It proposes settings, or lists unused settings that would help."""
+    """Return the error of a step that does not fit. It names settings that fit, or lists those that would lower the memory."""
     model, chunk_rows = config.model, stage.config.gradcache.rows
     is_applicable = {
         "mesh.fsdp=-1": config.mesh.fsdp == 1,
@@ -192,9 +200,9 @@ def _make_out_of_memory_error(
     return UserError(f"{where}{problem}. Try {remedies}.")
 
 
-def _show_report(stage: Stage, report: dict[str, Any], count: int) -> None:
+def _show_report(stage: Stage, report: dict[str, Any], num_stages: int) -> None:
     """Log the report of a stage for a human reader."""
-    name = f"stage {stage.index + 1} of {count}: " if count > 1 else ""
+    name = f"stage {stage.index + 1} of {num_stages}: " if num_stages > 1 else ""
     counts = f"{report['parameters']:,} parameters, {report['trained']:,} trained"
     log.info("%s%s, optimizer %s in total", name, counts, _format_bytes(report["optimizer_bytes"]))
     log.info(

@@ -23,7 +23,7 @@ from jaxembed.training.step import SCOPES, TrainState
 
 log = logging.getLogger("jaxembed")
 
-# What XLA's error says of a program that is too large for a TPU.
+# XLA's error for a program that is too large for a TPU.
 OUT_OF_MEMORY = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 UNIT_BYTES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -77,7 +77,7 @@ def compile_step(step: Any, state: TrainState, batch: Any, mesh: Mesh, assignmen
         state: Shapes of the state.
         batch: Shapes of the batch.
         mesh: The device mesh.
-        assignments: Folder of `write_assignments`, to stop before code is generated. None: generate it.
+        assignments: Folder that `write_assignments` set, to stop before code generation. None: generate the code.
 
     Returns:
         The resources of the program, and the compiled step, or None if its code is not generated.

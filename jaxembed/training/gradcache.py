@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxembed.data.packing import PackedTexts
 from jaxembed.data.token_batch import TokenBatch
-from jaxembed.devices.collectives import map_over_shards, shard_map_size, shard_rows
+from jaxembed.devices.collectives import count_map_shards, map_over_shards, shard_rows
 from jaxembed.model.embedder import EmbeddingModel, make_transformer
 from jaxembed.model.layers import l2_normalize
 from jaxembed.model.masks import Mask
@@ -186,7 +186,7 @@ def _plan_chunks(texts: PackedTexts, chunk_rows: int, key: jax.Array) -> tuple[i
 
     The parts are those that `map_over_shards` splits a batch into.
     """
-    parts = shard_map_size()
+    parts = count_map_shards()
     chunks = -(-len(texts.tokens) // (texts.shards * chunk_rows))
     return texts.shards // parts, chunks, jax.random.split(key, (parts, chunks))
 

@@ -68,7 +68,7 @@ cli.set_up_jax()
 config = load_config(sys.argv[1])
 train(config)
 tuned = {
-    "blas": blas._Calls.last_end > 0,
+    "blas": blas._CallState.last_end > 0,
     "compiler options": bool(get_compiler_options()),
     "dispatch": not jax.config.values["jax_cpu_enable_async_dispatch"],
     "threads": "OPENBLAS_THREAD_TIMEOUT" in os.environ,
