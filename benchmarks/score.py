@@ -90,7 +90,9 @@ def main() -> None:
         else:
             encoder = load_encoder(model, args.checkpoint, args.backend, widths=args.dim)
             folder = Path(tempfile.gettempdir()) / f"score-vectors-{os.getpid()}"
-            encoder.cache = VectorCache(folder, encoder.revision, encoder.width, MAX_VECTOR_BYTES, keeps_all=len(args.dim) > 1)
+            encoder.cache = VectorCache(
+                folder, encoder.revision, encoder.width, MAX_VECTOR_BYTES, keeps_arrays=len(args.dim) > 1
+            )
             scores[model] = score_tasks(encoder, tasks)
         for task, result in scores[model].items():
             by_width = ", ".join(f"{width}: {score:.5f}" for width, score in result.get("widths", {}).items())

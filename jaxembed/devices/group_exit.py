@@ -30,8 +30,8 @@ from jaxembed.devices.standard_streams import LossyStream, StandardOutputError
 
 MAX_SILENCE_S = 120.0  # a process without a heartbeat for this long counts as lost
 MAX_HEARTBEAT_PERIOD_S = 5.0
-FAILURE_GRACE_S = 1.0  # another process has so long to write why it has ended
-LINGER_S = 3.0  # process 0 waits so long before it ends, and the store with it, so that the others can read the exit reason
+FAILURE_GRACE_S = 1.0  # time in which another process may write why it has ended
+LINGER_S = 3.0  # process 0 ends this much later than the others, because they read the exit reason from its store
 EXIT_REASON, HEARTBEATS = "jaxembed/exit_reason", "jaxembed/heartbeats/"
 DEFAULT_HANDLER = 0  # SIG_DFL
 RESUME_HINT = "Run the same command on all processes to resume from the last checkpoint."

@@ -33,10 +33,10 @@ from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import GroupMember
 from jaxembed.files import compute_file_digest, exists, write_json
 
-DATA_SET = re.compile(r"(qa|long-doc)_([a-z]+)_([a-z]+)")
+DATA_SET_NAME = re.compile(r"(qa|long-doc)_([a-z]+)_([a-z]+)")
 AIR_BENCH_CUTOFF, SUBMITTED_DOCUMENTS = 10, 1000  # k of nDCG@k and recall@k; documents per query in a submission
 DEFAULT_INSTRUCTION = "Given a question, retrieve passages that answer the question"
-GROUPS = {"qa": "AIR-Bench QA", "long-doc": "AIR-Bench long documents"}
+GROUP_TITLES = {"qa": "AIR-Bench QA", "long-doc": "AIR-Bench long documents"}
 METRICS = {"qa": "ndcg_at_10", "long-doc": "recall_at_10"}
 
 
@@ -54,12 +54,12 @@ def open_tasks(args: argparse.Namespace) -> list[AirBenchTask]:
     Raises:
         UserError: A folder holds no data set of AIR-Bench, or nothing that can be scored or written.
     """
-    results = Path(args.out) / "air-bench" if args.out else None
-    return [task for folder in args.air_bench for task in _find_tasks(Path(folder), results)]
+    results_folder = Path(args.out) / "air-bench" if args.out else None
+    return [task for folder in args.air_bench for task in _find_tasks(Path(folder), results_folder)]
 
 
-def _find_tasks(folder: Path, results: Path | None) -> list[AirBenchTask]:
-    corpora = sorted(path for path in folder.glob("*/AIR-Bench_*/*/corpus.jsonl") if DATA_SET.fullmatch(path.parts[-4]))
+def _find_tasks(folder: Path, results_folder: Path | None) -> list[AirBenchTask]:
+    corpora = sorted(path for path in folder.glob("*/AIR-Bench_*/*/corpus.jsonl") if DATA_SET_NAME.fullmatch(path.parts[-4]))
     if not corpora:
         raise UserError(
             f"{folder}: no data set of AIR-Bench (expected {folder}/qa_wiki_en/AIR-Bench_24.05/default/corpus.jsonl)"
@@ -70,8 +70,8 @@ def _find_tasks(folder: Path, results: Path | None) -> list[AirBenchTask]:
         for queries in sorted(corpus.parent.glob("*_queries.jsonl")):
             split = queries.name.removesuffix("_queries.jsonl")
             qrels = folder / f"qrels-{data_set}-{split}" / version / name / f"{split}_qrels.jsonl"
-            if exists(qrels) or results:
-                tasks.append(AirBenchTask(corpus, queries, qrels if exists(qrels) else None, results))
+            if exists(qrels) or results_folder:
+                tasks.append(AirBenchTask(corpus, queries, qrels if exists(qrels) else None, results_folder))
     if not tasks:
         raise UserError(
             f"{folder}: no split has judgments (expected {folder}/qrels-qa_wiki_en-dev or similar). Add --out DIR to write the "
@@ -88,13 +88,13 @@ class AirBenchTask:
         corpus: File of the documents.
         queries: File of the queries.
         qrels: File of the judgments. None: they are not public.
-        results: Folder for the results of the search. None: they are not written.
+        results_folder: Folder for the results of the search. None: they are not written.
     """
 
     corpus: Path
     queries: Path
     qrels: Path | None
-    results: Path | None
+    results_folder: Path | None
 
     @property
     def name(self) -> str:
@@ -115,7 +115,7 @@ class AirBenchTask:
     @property
     def groups(self) -> tuple[GroupMember, ...]:
         """The table of QA or of long documents, with one column per domain."""
-        return (GroupMember(GROUPS[self._kind], self._domain),)
+        return (GroupMember(GROUP_TITLES[self._kind], self._domain),)
 
     @property
     def expected_texts(self) -> int:
@@ -148,13 +148,13 @@ class AirBenchTask:
         queries = encoder.encode(list(self._queries_by_id.values()), prompts.query)
         documents = encoder.encode(list(self._documents_by_id.values()), prompts.document)
         vectors = [(encoder.convert(queries, version), encoder.convert(documents, version)) for version in encoder.versions]
-        results: list[np.ndarray | None] = [None] * len(vectors)
+        query_scores: list[np.ndarray | None] = [None] * len(vectors)  # of each version of the vectors
         if self.qrels is not None:
-            results = [self._score_vectors(*pair, self.qrels) for pair in vectors]
-        elif self.results is not None:
+            query_scores = [self._score_vectors(*pair, self.qrels) for pair in vectors]
+        elif self.results_folder is not None:
             self._write_results(*vectors[0], encoder.name)
-        scores = [None if query_scores is None else float(np.mean(query_scores)) for query_scores in results]
-        score, values = scores[0], results[0]
+        scores = [None if values is None else float(np.mean(values)) for values in query_scores]
+        score, values = scores[0], query_scores[0]
         summary: dict[str, Any] = {
             "score": score,
             "metric": METRICS[self._kind] if self.qrels else "",
@@ -168,20 +168,20 @@ class AirBenchTask:
         return ItemScores(summary, [ScoredItems(values[:, None], score_mean, "queries")])
 
     def _score_vectors(self, queries: np.ndarray, documents: np.ndarray, qrels: Path) -> np.ndarray:
-        """Return the score of each query that has judgments."""
+        """Return the score of each query that has judgments, [Q]."""
         from jaxembed.search.nearest import search  # imports JAX
 
         result = search(queries, documents, AIR_BENCH_CUTOFF)
         rows = {id_: row for row, id_ in enumerate(self._documents_by_id)}
-        judged = _read_qrels(qrels, rows)
-        judged_rows = [i for i, id_ in enumerate(self._queries_by_id) if id_ in judged]
-        relevant = [judged[id_] for id_ in self._queries_by_id if id_ in judged]
+        relevance_by_query = _read_qrels(qrels, rows)
+        query_rows = [i for i, id_ in enumerate(self._queries_by_id) if id_ in relevance_by_query]
+        relevant = [relevance_by_query[id_] for id_ in self._queries_by_id if id_ in relevance_by_query]
         metric = ndcg if METRICS[self._kind].startswith("ndcg") else recall
-        return metric(relevant, result.rows[judged_rows])
+        return metric(relevant, result.rows[query_rows])
 
     def _write_results(self, queries: np.ndarray, documents: np.ndarray, model: str) -> None:
         """Write a file for AIR-Bench's leaderboard: the top documents of each query with their scores."""
-        assert self.results is not None
+        assert self.results_folder is not None
         from jaxembed.search.nearest import search  # imports JAX
 
         result = search(queries, documents, SUBMITTED_DOCUMENTS)
@@ -196,7 +196,7 @@ class AirBenchTask:
             "domain": self._domain, "language": self._language, "dataset_name": name, "split": self.split,
             "search_results": search_results,
         }  # fmt: skip
-        folder = self.results / model / "NoReranker" / self._kind / self._domain
+        folder = self.results_folder / model / "NoReranker" / self._kind / self._domain
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / f"{self._language}_{name}_{self.split}.json", content)
 
@@ -209,22 +209,22 @@ class AirBenchTask:
         return {row["id"]: row["text"] for row in _read_rows(self.queries, ("id", "text"))}
 
     @property
-    def _parts(self) -> Sequence[str]:
-        match = DATA_SET.fullmatch(self.corpus.parts[-4])
+    def _name_parts(self) -> Sequence[str]:
+        match = DATA_SET_NAME.fullmatch(self.corpus.parts[-4])
         assert match is not None
         return match.groups()
 
     @property
     def _kind(self) -> str:
-        return self._parts[0]
+        return self._name_parts[0]
 
     @property
     def _domain(self) -> str:
-        return self._parts[1]
+        return self._name_parts[1]
 
     @property
     def _language(self) -> str:
-        return self._parts[2]
+        return self._name_parts[2]
 
 
 def _read_rows(path: Path, fields: Sequence[str]) -> Iterator[Mapping[str, Any]]:
@@ -237,13 +237,13 @@ def _read_rows(path: Path, fields: Sequence[str]) -> Iterator[Mapping[str, Any]]
 
 
 def _read_qrels(qrels: Path, rows: Mapping[str, int]) -> dict[str, dict[int, float]]:
-    """Return the relevance of each query's relevant documents, by corpus row. Rows of absent documents are negative."""
+    """Return the relevance of each query's relevant documents, by corpus row. Documents that are absent have negative rows."""
     relevant: dict[str, dict[int, float]] = {}
-    absent = 0
+    num_absent = 0
     for row in _read_rows(qrels, ("qid", "docid")):
         if (grade := float(row.get("relevance", 1))) > 0:
-            absent += row["docid"] not in rows
-            relevant.setdefault(row["qid"], {})[rows.get(row["docid"], -absent)] = grade
+            num_absent += row["docid"] not in rows
+            relevant.setdefault(row["qid"], {})[rows.get(row["docid"], -num_absent)] = grade
     if not relevant:
         raise UserError(f"{qrels}: no query has a relevant document (expected a relevance above 0)")
     return relevant

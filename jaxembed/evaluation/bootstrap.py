@@ -17,7 +17,7 @@ RESAMPLES = 2000
 STANDARD_ERROR_RESAMPLES = 200  # enough for a standard error (Efron and Tibshirani 1993, section 6.4)
 CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 0
-MAX_DRAWN_ITEMS = 2**21  # item indices per block of resamples
+MAX_DRAWN_ITEMS = 2**21  # item indices that one block of resamples holds in memory
 
 # (values of the items [N, C], indices of the items in each resample [R, N]) -> the score of each resample [R]
 Statistic = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -98,13 +98,13 @@ def score_weighted_f1(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray,
         values: The label of each item, and the label that was predicted.
         indices: The items of each resample.
     """
-    distinct, numbers = np.unique(values[:, :2], return_inverse=True)
-    labels, predictions = numbers.reshape(-1, 2).T
-    rows = np.arange(len(indices))[:, None] * len(distinct)
+    distinct_labels, label_numbers = np.unique(values[:, :2], return_inverse=True)
+    labels, predictions = label_numbers.reshape(-1, 2).T
+    first_bins = np.arange(len(indices))[:, None] * len(distinct_labels)  # each resample has its own bins
 
     def count(codes: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         item_weights = None if weights is None else weights[indices].ravel()
-        counts = np.bincount((codes[indices] + rows).ravel(), item_weights, len(indices) * len(distinct))
+        counts = np.bincount((codes[indices] + first_bins).ravel(), item_weights, len(indices) * len(distinct_labels))
         return counts.reshape(len(indices), -1)
 
     support, predicted, hits = count(labels), count(predictions), count(labels, labels == predictions)
@@ -182,19 +182,19 @@ def compare_items(first: ScoredItems, second: ScoredItems, seed: int | Sequence[
 
 def summarize_difference(difference: float, resampled_differences: np.ndarray, count: int, unit: str) -> Difference:
     """Return a difference with the interval and the p-value of its resampled values."""
-    tail = 50 * (1 - CONFIDENCE)
+    tail_percent = 50 * (1 - CONFIDENCE)
     finite = resampled_differences[np.isfinite(resampled_differences)]
     if not len(finite):  # a score is undefined, for example because all vectors are equal
         return Difference(difference, (float("nan"), float("nan")), 1.0, count, unit, resampled_differences)
-    low, high = np.percentile(finite, [tail, 100 - tail])
-    rarer = min(np.count_nonzero(finite <= 0), np.count_nonzero(finite >= 0))
-    p_value = min(1.0, 2 * (rarer + 1) / (len(finite) + 1))  # never 0: no finite number of resamples can show that
+    low, high = np.percentile(finite, [tail_percent, 100 - tail_percent])
+    rarer_sign_count = min(np.count_nonzero(finite <= 0), np.count_nonzero(finite >= 0))
+    p_value = min(1.0, 2 * (rarer_sign_count + 1) / (len(finite) + 1))  # never 0: no finite number of resamples can show that
     return Difference(difference, (float(low), float(high)), p_value, count, unit, resampled_differences)
 
 
 def _draw_resamples(count: int, resamples: int, seed: int | Sequence[int] = BOOTSTRAP_SEED) -> Iterator[np.ndarray]:
-    """Yield the item indices of the resamples in blocks, int64 [R, N]."""
+    """Yield blocks of resamples: `resamples` rows in total, each with `count` item indices, int64 [R, N]."""
     rng = np.random.default_rng(seed)
-    step = max(1, MAX_DRAWN_ITEMS // count)
-    for start in range(0, resamples, step):
-        yield rng.integers(count, size=(min(step, resamples - start), count))
+    block_size = max(1, MAX_DRAWN_ITEMS // count)
+    for start in range(0, resamples, block_size):
+        yield rng.integers(count, size=(min(block_size, resamples - start), count))

@@ -62,7 +62,7 @@ def compare_tasks(first: Mapping[str, ItemScores], second: Mapping[str, ItemScor
         "model": names[1],
         "scores": {task: scores.summary for task, scores in second.items()},
         "differences": differences,
-        "conclusion": conclude(names, differences),
+        "conclusion": describe_conclusion(names, differences),
     }
     if len(all_differences) > 1:
         mean = average_differences(all_differences)
@@ -101,23 +101,25 @@ def _subtract_scores(first: ItemScores, second: ItemScores) -> dict[str, Any]:
 
 def describe_task_difference(task: str, first: ItemScores, second: ItemScores, summary: Mapping[str, Any]) -> str:
     """Return one line about the scores of two models on a task."""
-    scores = [_format(model_scores.summary["score"]) for model_scores in (first, second)]
+    scores = [_format_score(model_scores.summary["score"]) for model_scores in (first, second)]
     return f"{task} ({first.summary['metric']}): {scores[0]} against {scores[1]}, {describe_difference(summary)}"
 
 
 def describe_difference(summary: Mapping[str, Any]) -> str:
     """Return the summary of a difference as text."""
-    difference = _format(summary["difference"], "+")
+    difference = _format_score(summary["difference"], "+")
     if "no_interval" in summary:
         return f"{difference}, no interval: {summary['no_interval']}"
-    low, high = (_format(end, "+") for end in summary["interval"])
+    low, high = (_format_score(end, "+") for end in summary["interval"])
     return f"{difference} [{low}, {high}], p {summary['p']:.3f}: {summary['verdict']}"
 
 
-def conclude(names: tuple[str, str], differences: Mapping[str, Mapping[str, Any]]) -> str:
+def describe_conclusion(names: tuple[str, str], differences: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a sentence about two models: on how many tasks the first is better, worse, or not shown to differ."""
     first, second = names
-    tasks = {v: [task for task, summary in differences.items() if summary.get("verdict") == v] for v in VERDICTS}
+    tasks = {
+        verdict: [task for task, summary in differences.items() if summary.get("verdict") == verdict] for verdict in VERDICTS
+    }
     better, worse = (f"on {', '.join(tasks[verdict])}" if tasks[verdict] else "" for verdict in VERDICTS[:2])
     if better:
         sentence = f"{first} is better than {second} {better}{f', and worse {worse}' if worse else ''}."
@@ -132,5 +134,5 @@ def conclude(names: tuple[str, str], differences: Mapping[str, Mapping[str, Any]
     return sentence
 
 
-def _format(value: float | None, sign: str = "") -> str:
+def _format_score(value: float | None, sign: str = "") -> str:
     return "none" if value is None or not math.isfinite(value) else f"{value:{sign}.4f}"

@@ -39,19 +39,19 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Score a model, as one of the processes of a group. Process 0 runs the tasks; the others encode with it.
 
     Returns:
-        {"model", "scores"}, with "comparison" and "leaks" if the options ask for them. The scores are empty but on process 0.
+        {"model", "scores"}, with "comparison" and "leaks" if the options ask for them. Only process 0 has scores.
     """
     with ExitStack() as locks:
         return _evaluate(args, locks)
 
 
 def _evaluate(args: argparse.Namespace, locks: ExitStack) -> dict[str, Any]:
-    """Run `evaluate`. `locks` gets the lock of --out, which is taken after the checks of the options."""
+    """Run `evaluate`. The lock of --out is acquired after the checks of the options, and `locks` releases it."""
     if processes.count() > 1:
         import jax
 
         jax.devices()  # initialize devices on all processes at once, before a library on process 0 (bm25s) does
-    table = read_instruction_table(args.instructions) if args.instructions else None
+    instruction_table = read_instruction_table(args.instructions) if args.instructions else None
     find_ranges(args.precision, args.model, args.ranges)
     if args.compare:
         find_ranges(args.precision, args.compare, None)
@@ -60,25 +60,25 @@ def _evaluate(args: argparse.Namespace, locks: ExitStack) -> dict[str, Any]:
     result: dict[str, Any] = {}
     tasks: list[EvaluationTask] = []
     if processes.is_first():
-        tasks = open_tasks(args, table)
+        tasks = open_tasks(args, instruction_table)
         if out:
             locks.enter_context(lock_folder(out, out))
         if args.check_leaks is not None:
             result["leaks"] = check_leaks(tasks, args.check_leaks or args.model, args.leak_words, out)
     processes.barrier()  # errors in the tasks are raised before any process loads weights
-    items: dict[str, ItemScores] | None = {} if args.compare else None
-    scores = score_model(args, args.model, tasks, table, items, is_main=True)
-    if items is not None:  # memory holds one model at a time
-        other_items: dict[str, ItemScores] = {}
-        score_model(args, args.compare, tasks, table, other_items, is_main=False)
+    items_by_task: dict[str, ItemScores] | None = {} if args.compare else None
+    scores = score_model(args, args.model, tasks, instruction_table, items_by_task, is_main=True)
+    if items_by_task is not None:  # memory holds one model at a time
+        other_items_by_task: dict[str, ItemScores] = {}
+        score_model(args, args.compare, tasks, instruction_table, other_items_by_task, is_main=False)
         if processes.is_first():
-            result["comparison"] = compare_tasks(items, other_items, (args.model, args.compare))
+            result["comparison"] = compare_tasks(items_by_task, other_items_by_task, (args.model, args.compare))
             if out:
                 write_json(out / COMPARISON_FILE, result["comparison"])
     return result | {"model": args.model, "scores": scores}
 
 
-def open_tasks(args: argparse.Namespace, table: InstructionTable | None) -> list[EvaluationTask]:
+def open_tasks(args: argparse.Namespace, instruction_table: InstructionTable | None) -> list[EvaluationTask]:
     """Return the tasks of all sources, after the checks that need no model.
 
     Raises:
@@ -86,8 +86,8 @@ def open_tasks(args: argparse.Namespace, table: InstructionTable | None) -> list
     """
     tasks: list[EvaluationTask] = [task for source in TASK_SOURCES for task in source.open_tasks(args)]
     check_names(tasks)
-    if table:
-        check_instructions(table, args.instructions, tasks)
+    if instruction_table:
+        check_instructions(instruction_table, args.instructions, tasks)
     if args.instruction_variants:
         tasks = add_variants(tasks, args.instruction_variants)
     if args.submission:
@@ -101,8 +101,8 @@ def score_model(
     args: argparse.Namespace,
     model: str,
     tasks: Sequence[EvaluationTask],
-    table: InstructionTable | None,
-    items: dict[str, ItemScores] | None,
+    instruction_table: InstructionTable | None,
+    items_by_task: dict[str, ItemScores] | None,
     is_main: bool,
 ) -> dict[str, Any]:
     """Load a model and score it. The options that select part of a model, and the scores in --out, are for MODEL only.
@@ -111,9 +111,9 @@ def score_model(
         args: The options.
         model: MODEL, or the model that it is compared with.
         tasks: The tasks.
-        table: The user's instructions.
-        items: Receives the scores by item. None: they are not needed.
-        is_main: Whether it is MODEL.
+        instruction_table: Instructions of the user. None: there are none.
+        items_by_task: Filled with the scores by item of each task. None: they are not needed.
+        is_main: Whether `model` is MODEL, not the model of --compare.
 
     Returns:
         Scores by task, on process 0.
@@ -127,13 +127,13 @@ def score_model(
     out = Path(args.out) if args.out and is_main else None
     if out:
         write_json(out / MODEL_FILE, {"model": str(Path(model).resolve()) if exists(Path(model)) else model})
-    if table:
-        encoder.use_instructions(table, args.instructions)
+    if instruction_table:
+        encoder.use_instructions(instruction_table, args.instructions)
     encoder.cache = make_cache(encoder, args)
-    finished = FinishedTasks(Path(args.out)) if args.out else None
+    finished_tasks = FinishedTasks(Path(args.out)) if args.out else None
     try:
         with share_encoding(encoder):
-            scores = score_tasks(encoder, tasks, out, items, finished)
+            scores = score_tasks(encoder, tasks, out, items_by_task, finished_tasks)
     finally:
         if not args.out:  # no later run finds what an interrupted task has left
             encoder.cache.clear()
@@ -153,5 +153,5 @@ def make_cache(encoder: TaskEncoder, args: argparse.Namespace) -> VectorCache:
     folder = Path(args.out) / "vectors" if args.out else Path(tempfile.gettempdir()) / f"jaxembed-vectors-{os.getpid()}"
     memory_bytes = int(args.vector_memory * 2**30)
     # Every version of the vectors, and every instruction of the queries, uses the same vectors of the documents again.
-    keeps_all = len(encoder.versions) > 1 or bool(args.instruction_variants)
-    return VectorCache(folder, encoder.revision, encoder.width, memory_bytes, keeps_all)
+    keeps_arrays = len(encoder.versions) > 1 or bool(args.instruction_variants)
+    return VectorCache(folder, encoder.revision, encoder.width, memory_bytes, keeps_arrays)

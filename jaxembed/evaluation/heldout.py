@@ -20,7 +20,7 @@ from jaxembed.data.sources import ROW_SCHEMAS
 from jaxembed.errors import UserError
 from jaxembed.evaluation.bootstrap import ScoredItems, score_mean, score_pearson, score_spearman
 from jaxembed.evaluation.labels import (
-    FOLDS,
+    NUM_FOLDS,
     check_sklearn_installed,
     classify,
     cluster,
@@ -145,17 +145,18 @@ class RetrievalSet:
         return self._score_ranking(bm25.rank_documents(self.corpus, self.queries, DEEP_CUTOFF))
 
     def _score_ranking(self, ranked_rows: np.ndarray) -> SetScores:
-        first = ranked_rows[:, :CUTOFF]
-        gains = ndcg(self.relevant, first)
+        """Return the scores of a ranking, given the corpus rows of each query's top documents, best first, int [Q, k]."""
+        top_rows = ranked_rows[:, :CUTOFF]
+        ndcg_values = ndcg(self.relevant, top_rows)
         values_by_metric = {
-            "ndcg_at_10": gains,
-            "recall_at_10": recall(self.relevant, first),
+            "ndcg_at_10": ndcg_values,
+            "recall_at_10": recall(self.relevant, top_rows),
             "recall_at_100": recall(self.relevant, ranked_rows),
-            "mrr_at_10": reciprocal_rank(self.relevant, first),
+            "mrr_at_10": reciprocal_rank(self.relevant, top_rows),
             "map_at_100": average_precision(self.relevant, ranked_rows),
         }
         scores = {metric: float(values.mean()) for metric, values in values_by_metric.items()}
-        return SetScores(scores, ScoredItems(gains[:, None], score_mean, "queries"))
+        return SetScores(scores, ScoredItems(ndcg_values[:, None], score_mean, "queries"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +232,8 @@ class ClassificationSet:
             predictions = cross_validate(texts, self.labels)
         else:
             predictions = classify(texts, train[0], self.train_labels)
-        shares = (predictions == self.labels[:, None]).mean(axis=1, keepdims=True)
-        items = ScoredItems(shares, score_mean, "texts")
+        accuracies = (predictions == self.labels[:, None]).mean(axis=1, keepdims=True)  # of each text over the classifiers
+        items = ScoredItems(accuracies, score_mean, "texts")
         return SetScores({"accuracy": items.score, "f1": macro_f1(self.labels, predictions)}, items)
 
 
@@ -321,9 +322,10 @@ def _read_classification_set(config: EvalSetConfig, cache: Path) -> Classificati
         labels, train_labels = (np.array([numbers[name] for name in side.names])[side.labels] for side in (labeled, train))
         digest = hashlib.sha256((labeled.digest + train.digest).encode()).hexdigest()
         return ClassificationSet(config, labeled.texts, labels, train.texts, train_labels, digest)
-    if len(labeled.texts) < FOLDS:
+    if len(labeled.texts) < NUM_FOLDS:
         raise UserError(
-            f"{config.path}: {len(labeled.texts)} labeled texts (expected at least {FOLDS}, for cross-validation). Add texts."
+            f"{config.path}: {len(labeled.texts)} labeled texts (expected at least {NUM_FOLDS}, for cross-validation). "
+            "Add texts."
         )
     return ClassificationSet(config, labeled.texts, labeled.labels, digest=labeled.digest)
 
@@ -353,11 +355,11 @@ def _read_labeled_texts(path: str, split: str, cache: Path) -> LabeledTexts:
     check_sklearn_installed()
     rows = IndexedRows(open_container(name_split(path, split)), ROW_SCHEMAS["labels"], cache)
     labels = np.array(rows.index_values, np.int64)
-    unlabeled = find_unlabeled(rows.label_names)
-    indices = np.flatnonzero(labels != unlabeled) if unlabeled is not None else np.arange(len(rows))
-    distinct = np.unique(labels[indices])
-    if len(distinct) < 2:
-        label = rows.label_names[distinct[0]]
+    unlabeled_index = find_unlabeled(rows.label_names)
+    indices = np.flatnonzero(labels != unlabeled_index) if unlabeled_index is not None else np.arange(len(rows))
+    distinct_labels = np.unique(labels[indices])
+    if len(distinct_labels) < 2:
+        label = rows.label_names[distinct_labels[0]]
         raise UserError(f"{path}: all {len(indices):,} texts have one label, {label!r} (expected two labels or more)")
     return LabeledTexts([rows[int(i)]["text"] for i in indices], labels[indices], rows.digest, rows.label_names)
 

@@ -21,8 +21,8 @@ from jaxembed.evaluation.tasks import EvaluationTask, GroupMember
 
 log = logging.getLogger("jaxembed")
 
-# Kinds of instructions: the one that evaluation uses by default, none, and those that a file lists without a kind.
-CHOSEN_KIND, MISSING_KIND, DEFAULT_KIND = "chosen", "missing", "paraphrased"
+# Kinds of instructions: the one that evaluation chooses, an empty one, and those that a file lists without a kind.
+CHOSEN_KIND, MISSING_KIND, UNSPECIFIED_KIND = "chosen", "missing", "paraphrased"
 
 Variants = Mapping[str, Sequence[str]]  # kind -> instructions
 
@@ -40,7 +40,7 @@ def read_variants(path: str) -> dict[str, Variants]:
 
 
 def _parse_variants(entry: Any, where: str) -> Variants:
-    variants = entry if isinstance(entry, dict) else {DEFAULT_KIND: entry}
+    variants = entry if isinstance(entry, dict) else {UNSPECIFIED_KIND: entry}
     for kind, instructions in variants.items():
         if kind in (CHOSEN_KIND, MISSING_KIND):
             raise UserError(f"{where}: the kind {kind!r} is always scored. Remove it.")
@@ -52,7 +52,7 @@ def _parse_variants(entry: Any, where: str) -> Variants:
 
 
 def add_variants(tasks: Sequence[EvaluationTask], path: str) -> list[EvaluationTask]:
-    """Return the tasks. Those that a file names are scored under its instructions too.
+    """Return the tasks. Those that the file at `path` names are scored under its instructions too.
 
     Raises:
         UserError: The file is malformed, or names a task that is not scored.
@@ -111,23 +111,23 @@ class VariantTask:
 
     def score(self, encoder: TaskEncoder) -> dict[str, Any]:
         """Return the scores of a model, with those under other instructions as "instruction_variants"."""
-        return self._add_variants(self.task.score(encoder), encoder)
+        return self._add_variant_scores(self.task.score(encoder), encoder)
 
     def score_items(self, encoder: TaskEncoder) -> ItemScores:
         """Return the scores of a model with the items that they are computed from."""
         scores = self.task.score_items(encoder)
-        return dataclasses.replace(scores, summary=self._add_variants(scores.summary, encoder))
+        return dataclasses.replace(scores, summary=self._add_variant_scores(scores.summary, encoder))
 
-    def _add_variants(self, summary: dict[str, Any], encoder: TaskEncoder) -> dict[str, Any]:
-        """Return the scores under the default instruction, with those under the other ones."""
-        chosen_score, usual_prompts = summary["score"], encoder.prompts
+    def _add_variant_scores(self, summary: dict[str, Any], encoder: TaskEncoder) -> dict[str, Any]:
+        """Return the scores under the chosen instruction, with those under the other ones."""
+        chosen_score, chosen_prompts = summary["score"], encoder.prompts
         entries = [{"kind": CHOSEN_KIND, "instruction": summary["instruction"], "score": chosen_score, "difference": 0.0}]
         for kind, instruction in self._list_instructions():
             encoder.use_instructions(InstructionTable(by_task={self.name: instruction}), "the instruction variants")
             try:
                 score = self.task.score(encoder)["score"]
             finally:
-                encoder.prompts = usual_prompts
+                encoder.prompts = chosen_prompts
             difference = None if None in (score, chosen_score) else score - chosen_score
             entries.append({"kind": kind, "instruction": instruction, "score": score, "difference": difference})
         spread = measure_spread(entries)
@@ -143,7 +143,7 @@ class VariantTask:
 def measure_spread(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the spread of scores over instructions: {"all", "by_kind"}.
 
-    The spread is the highest minus the lowest score. `by_kind` has the spread of each kind together with the default
+    The spread is the highest minus the lowest score. `by_kind` has the spread of each kind together with the chosen
     instruction, and the mean score of the kind.
     """
     scores = {

@@ -12,11 +12,11 @@ from jaxembed.errors import UserError
 
 # Settings of MTEB's classification tasks.
 MTEB_SEED = 42
-TEXTS_PER_LABEL, EXPERIMENTS, FOLDS = 8, 10, 5
-MAX_ITERATIONS = 100
+TEXTS_PER_LABEL, NUM_CLASSIFIERS, NUM_FOLDS = 8, 10, 5
+MAX_CLASSIFIER_ITERATIONS = 100
 # Batch size of MTEB's clustering tasks. The mean over several seeds depends less on the initial centers.
 KMEANS_BATCH_SIZE = 500
-CLUSTERINGS = 10
+NUM_CLUSTERINGS = 10
 
 
 def check_sklearn_installed() -> None:
@@ -34,14 +34,14 @@ def classify(
 ) -> np.ndarray:
     """Predict labels by logistic regression on a few texts of each label, as MTEB's classification tasks do.
 
-    Each of `EXPERIMENTS` classifiers is trained on `TEXTS_PER_LABEL` texts of each label, drawn from the training texts.
+    Each of `NUM_CLASSIFIERS` classifiers is trained on `TEXTS_PER_LABEL` texts of each label, drawn from the training texts.
 
     Returns:
-        Predicted labels, int64 [N, EXPERIMENTS].
+        Predicted labels, int64 [N, NUM_CLASSIFIERS].
     """
     order = list(range(len(train_labels)))
     predictions = []
-    for _ in range(EXPERIMENTS):
+    for _ in range(NUM_CLASSIFIERS):
         training_rows = _draw_training_texts(train_labels, order)
         predictions.append(_fit_and_predict(train_vectors[training_rows], train_labels[training_rows], vectors))
     return np.stack(predictions, axis=1)
@@ -59,7 +59,7 @@ def cross_validate(vectors: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " 
 
     order: list[int] = []
     predictions = np.zeros((len(labels), 1), np.int64)
-    for train, test in KFold(FOLDS, shuffle=True, random_state=MTEB_SEED).split(range(len(labels))):
+    for train, test in KFold(NUM_FOLDS, shuffle=True, random_state=MTEB_SEED).split(range(len(labels))):
         order = order or list(range(len(train)))
         training_rows = train[_draw_training_texts(labels[train], order)]
         predictions[test, 0] = _fit_and_predict(vectors[training_rows], labels[training_rows], vectors[test])
@@ -86,18 +86,20 @@ def _fit_and_predict(train_vectors: np.ndarray, train_labels: np.ndarray, vector
         return np.full(len(vectors), train_labels[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MTEB's iteration limit may stop it before it converges
-        classifier = LogisticRegression(max_iter=MAX_ITERATIONS, random_state=MTEB_SEED).fit(train_vectors, train_labels)
+        classifier = LogisticRegression(max_iter=MAX_CLASSIFIER_ITERATIONS, random_state=MTEB_SEED).fit(
+            train_vectors, train_labels
+        )
     return np.asarray(classifier.predict(vectors), np.int64)
 
 
 def macro_f1(labels: Int[np.ndarray, " n"], predictions: Int[np.ndarray, "n e"]) -> float:
-    """Return the mean macro F1 of several predictions."""
+    """Return the macro F1 of each column of predicted labels, averaged over the columns."""
     from sklearn.metrics import f1_score
 
     return float(np.mean([f1_score(labels, column, average="macro") for column in predictions.T]))
 
 
-def cluster(vectors: Float[np.ndarray, "n d"], count: int, clusterings: int = CLUSTERINGS) -> np.ndarray:
+def cluster(vectors: Float[np.ndarray, "n d"], count: int, clusterings: int = NUM_CLUSTERINGS) -> np.ndarray:
     """Cluster vectors by mini-batch k-means with the settings of MTEB's clustering tasks, once for each seed.
 
     Args:
@@ -160,13 +162,19 @@ def _compute_v_measure(entropy_sum: np.ndarray, joint_entropy: np.ndarray) -> np
 
 
 def _compute_entropy(codes: np.ndarray, indices: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Return the entropy of the codes in each resample, float64 [R], in nats. All items have the same weight by default."""
+    """Return the entropy in nats of the codes in each resample, float64 [R].
+
+    Args:
+        codes: Number of each item, such as its label or its cluster, int64 [N].
+        indices: The items of each resample, int64 [R, N].
+        weights: Weight of each item, [N]. Default: all weights are equal.
+    """
     from scipy.special import xlogy
 
-    distinct, numbers = np.unique(codes, return_inverse=True)
-    rows = np.arange(len(indices))[:, None] * len(distinct)
+    distinct_codes, numbers = np.unique(codes, return_inverse=True)
+    first_bins = np.arange(len(indices))[:, None] * len(distinct_codes)  # each resample has its own bins
     item_weights = None if weights is None else weights[indices].ravel()
-    counts = np.bincount((numbers[indices] + rows).ravel(), item_weights, len(indices) * len(distinct))
-    counts = counts.reshape(len(indices), len(distinct))
+    counts = np.bincount((numbers[indices] + first_bins).ravel(), item_weights, len(indices) * len(distinct_codes))
+    counts = counts.reshape(len(indices), len(distinct_codes))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     return np.asarray(-xlogy(shares, shares).sum(axis=1))

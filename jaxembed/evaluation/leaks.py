@@ -23,7 +23,7 @@ from jaxembed.formats.run_files import BASE_RECORD_FILE
 log = logging.getLogger("jaxembed")
 
 LEAKS_FILE = "leaks.json"
-EXAMPLES_PER_TASK = 3  # examples of each task
+MAX_EXAMPLES_PER_INPUT = 3  # shown matches of one input of a task, such as its queries
 MAX_EXAMPLE_CHARS = 300  # characters of a text in an example
 
 TaskTexts = Iterable[tuple[str, Sequence[str]]]  # role and texts of each input
@@ -51,7 +51,7 @@ class InputLeaks:
         task: Name of the task.
         role: Role of the texts in the task, such as queries.
         texts: The texts.
-        first: Index of the first text in the `OverlapIndex`.
+        first_index: Index of the first text in the `OverlapIndex`.
         rules: The matching rule (`exact` or `ngram`) of each text that was found, by index. `exact` takes precedence.
         rules_by_source: The same, by training source.
         examples: Matches to show.
@@ -60,23 +60,23 @@ class InputLeaks:
     task: str
     role: str
     texts: Sequence[str]
-    first: int
+    first_index: int
     rules: dict[int, str] = dataclasses.field(default_factory=dict)
     rules_by_source: dict[str, dict[int, str]] = dataclasses.field(default_factory=dict)
     examples: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
     def add(self, match: Overlap, source: str, training_text: str) -> None:
-        """Count a match with a training text."""
+        """Record that a text of the input matches a training text of a source."""
         for rules in (self.rules, self.rules_by_source.setdefault(source, {})):
             if rules.get(match.index) != "exact":
                 rules[match.index] = match.rule
-        if len(self.examples) < EXAMPLES_PER_TASK:
+        if len(self.examples) < MAX_EXAMPLES_PER_INPUT:
             words = {"words": match.words} if match.words else {}
             self.examples.append(
                 {
                     "rule": match.rule,
                     "role": self.role,
-                    "text": self.texts[match.index - self.first][:MAX_EXAMPLE_CHARS],
+                    "text": self.texts[match.index - self.first_index][:MAX_EXAMPLE_CHARS],
                     "source": source,
                     "training_text": training_text[:MAX_EXAMPLE_CHARS],
                     **words,
@@ -105,13 +105,13 @@ def find_leaks(
         for role, texts in task_texts:
             inputs.append(InputLeaks(task, role, texts, index.num_texts))
             index.add(texts)
-    starts = [leaks.first for leaks in inputs]
+    first_indices = [leaks.first_index for leaks in inputs]
     for source, rows in sources:
         for row in rows:
             for text in iter_texts(row):
                 for match in index.find(text):
-                    inputs[bisect_right(starts, match.index) - 1].add(match, source, text)
-    return {task: _summarize([leaks for leaks in inputs if leaks.task == task]) for task in tasks}
+                    inputs[bisect_right(first_indices, match.index) - 1].add(match, source, text)
+    return {task: _summarize_leaks([leaks for leaks in inputs if leaks.task == task]) for task in tasks}
 
 
 def iter_texts(row: Row) -> Iterator[str]:
@@ -152,7 +152,7 @@ def check_leaks(tasks: Sequence[EvaluationTask], training: str, ngram_words: int
     return leaks
 
 
-def _summarize(inputs: Sequence[InputLeaks]) -> dict[str, Any]:
+def _summarize_leaks(inputs: Sequence[InputLeaks]) -> dict[str, Any]:
     """Return the leak counts of a task, by role and by source, with examples."""
     sources: dict[str, Counter[str]] = {}
     for leaks in inputs:
@@ -164,17 +164,17 @@ def _summarize(inputs: Sequence[InputLeaks]) -> dict[str, Any]:
     return {
         **_count_inputs(inputs),
         "roles": [{"role": role, **_count_inputs(role_inputs)} for role, role_inputs in inputs_by_role.items()],
-        "sources": {source: _count(counts.elements()) for source, counts in sources.items()},
+        "sources": {source: _count_rules(counts.elements()) for source, counts in sources.items()},
         "examples": [example for leaks in inputs for example in leaks.examples],
     }
 
 
 def _count_inputs(inputs: Sequence[InputLeaks]) -> dict[str, int]:
-    counts = _count(rule for leaks in inputs for rule in leaks.rules.values())
+    counts = _count_rules(rule for leaks in inputs for rule in leaks.rules.values())
     return {"texts": sum(len(leaks.texts) for leaks in inputs), **counts}
 
 
-def _count(rules: Iterable[str]) -> dict[str, int]:
+def _count_rules(rules: Iterable[str]) -> dict[str, int]:
     counts = Counter(rules)
     return {"exact": counts["exact"], "ngram": counts["ngram"]}
 

@@ -44,12 +44,14 @@ def find_tasks(
     _check_languages(languages)
     tasks: dict[str, tuple[Any, list[GroupMember]]] = {}
     for group, task in [*_iter_named_tasks(mteb, names), *_iter_benchmark_tasks(mteb, benchmarks)]:
-        if others := [modality for modality in task.metadata.modalities if modality != "text"]:
-            raise UserError(f"mteb: {task.metadata.name} has {' and '.join(others)} (expected texts). Choose other tasks.")
+        if other_modalities := [modality for modality in task.metadata.modalities if modality != "text"]:
+            raise UserError(
+                f"mteb: {task.metadata.name} has {' and '.join(other_modalities)} (expected texts). Choose other tasks."
+            )
         if not _keep_languages(task, languages):
             continue
-        first, groups = tasks.setdefault(task.metadata.name, (task, []))
-        first.hf_subsets = list(dict.fromkeys([*first.hf_subsets, *task.hf_subsets]))
+        known_task, groups = tasks.setdefault(task.metadata.name, (task, []))
+        known_task.hf_subsets = list(dict.fromkeys([*known_task.hf_subsets, *task.hf_subsets]))
         if group:
             groups.append(GroupMember(group, str(task.metadata.type), tuple(task.hf_subsets)))
     if not tasks:
@@ -60,6 +62,7 @@ def find_tasks(
 
 
 def _iter_named_tasks(mteb: Any, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield an empty string, as they belong to no benchmark, and the task of each name."""
     for name in names:
         try:
             yield "", mteb.get_task(name)
@@ -71,6 +74,7 @@ def _iter_named_tasks(mteb: Any, names: Sequence[str]) -> Iterator[tuple[str, An
 
 
 def _iter_benchmark_tasks(mteb: Any, benchmarks: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the name of the benchmark and the task, for each task of each benchmark."""
     for name in benchmarks:
         try:
             benchmark = mteb.get_benchmark(name)
@@ -112,12 +116,12 @@ def _keep_languages(task: Any, languages: Sequence[str]) -> bool:
 
 def _group_by_language(task: Any, languages: Sequence[str]) -> tuple[GroupMember, ...]:
     """Return a table for each language, with the subsets of a task that have it."""
-    langs_by_subset = task.metadata.hf_subsets_to_langscripts
+    languages_by_subset = task.metadata.hf_subsets_to_langscripts
     members = (
         GroupMember(
             language,
             str(task.metadata.type),
-            tuple(s for s in task.hf_subsets if any(lang.startswith(language) for lang in langs_by_subset.get(s, ()))),
+            tuple(s for s in task.hf_subsets if any(code.startswith(language) for code in languages_by_subset.get(s, ()))),
         )
         for language in languages
     )

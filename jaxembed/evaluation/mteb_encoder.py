@@ -55,12 +55,12 @@ class MtebEncoder:
         meta = ModelMeta.create_empty(
             {"name": f"jaxembed/{self.encoder.name}", "revision": self.encoder.results_revision, "embed_dim": width}
         )
-        differences: dict[str, Any] = {} if width in (None, self.encoder.width) else {"embed_dim": width}
+        experiment_settings: dict[str, Any] = {} if width in (None, self.encoder.width) else {"embed_dim": width}
         if precision != "float32":
-            differences["precision"] = precision
+            experiment_settings["precision"] = precision
         if needs_ranges(precision) and ranges is not None:
-            differences["ranges"] = hashlib.sha256(ranges.tobytes()).hexdigest()[:8]
-        return meta.model_copy(update={"experiment_kwargs": differences}) if differences else meta
+            experiment_settings["ranges"] = hashlib.sha256(ranges.tobytes()).hexdigest()[:8]
+        return meta.model_copy(update={"experiment_kwargs": experiment_settings}) if experiment_settings else meta
 
 
 def choose_prompts(encoder: TaskEncoder, task: Any) -> TaskPrompts:

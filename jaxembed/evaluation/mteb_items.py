@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MAX_DEVIATION = 1e-3  # largest difference between the score of the items and mteb's
 RANKED_METRIC = re.compile(r"(ndcg|map|recall|precision)_at_(\d+)")
 TREC_NAMES = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P"}  # names in pytrec_eval
-NO_ITEMS = "mteb gives no results by item for tasks of this kind"
+NO_ITEMS_REASON = "mteb gives no results by item for tasks of this kind"
 
 Split = Any  # a split's data as mteb loads it
 
@@ -100,7 +100,7 @@ def read_items(task: Any, folder: Path, score: float | None) -> tuple[list[Score
     """
     path = folder / task.prediction_file_name
     if not exists(path):
-        return [], NO_ITEMS
+        return [], NO_ITEMS_REASON
     predictions = {key: value for key, value in read_json(path).items() if key != "mteb_model_meta"}
     reset_random_state(task)  # so that the same samples of documents are drawn as by mteb
     try:
@@ -149,7 +149,7 @@ def _build_items(task: Any, subset: str, split: str, predictions: Any) -> list[S
     }
     build = next((builder for kind, builder in builders.items() if isinstance(task, kind)), None)
     if build is None:
-        raise NoItemsError(NO_ITEMS)
+        raise NoItemsError(NO_ITEMS_REASON)
     return build(task, get_split(task, subset, split), predictions)
 
 
@@ -199,8 +199,8 @@ def _build_pair_classification(task: Any, split: Split, predictions: Mapping[str
 def _build_clustering(task: Any, split: Split, predictions: Sequence[Sequence[int]]) -> list[ScoredItems]:
     parts = []
     for labels, clusters in zip(split[task.label_column_name], predictions, strict=True):
-        numbers = np.unique(labels, return_inverse=True)[1]
-        parts.append(ScoredItems(np.column_stack([numbers, clusters]).astype(np.float64), score_v_measure, "texts"))
+        label_numbers = np.unique(labels, return_inverse=True)[1]
+        parts.append(ScoredItems(np.column_stack([label_numbers, clusters]).astype(np.float64), score_v_measure, "texts"))
     return parts
 
 
@@ -220,17 +220,17 @@ def _build_sampled_clustering(task: Any, split: Split, predictions: Mapping[str,
     for level, clusterings in enumerate(predictions.values()):
         level_labels = np.array([label[level] if len(label) > level else -1 for label in labels])
         texts = np.flatnonzero([label != -1 for label in level_labels])
-        numbers = np.unique(level_labels, return_inverse=True)[1]
+        label_numbers = np.unique(level_labels, return_inverse=True)[1]
         for clusters in clusterings:
             drawn_texts = texts[task.rng_state.choices(range(len(texts)), k=task.max_documents_per_cluster)]
             cluster_by_text = np.zeros(len(labels), np.int64)
             cluster_by_text[drawn_texts] = clusters
-            columns += [numbers, cluster_by_text, np.bincount(drawn_texts, minlength=len(labels))]
+            columns += [label_numbers, cluster_by_text, np.bincount(drawn_texts, minlength=len(labels))]
     return [ScoredItems(np.column_stack(columns).astype(np.float64), score_sampled_v_measure, "texts")]
 
 
 def _count_drawn_texts(task: Any, count: int) -> int:
-    """Return how many texts of a split an mteb task draws and clusters. 0: all, in their order."""
+    """Return how many of a split's `count` texts an mteb task draws and clusters. 0: all of them, in their order."""
     if task.max_fraction_of_documents_to_embed is not None:
         return min(count, int(task.max_fraction_of_documents_to_embed * count))
     return min(count, task.max_document_to_embed or 0)

@@ -41,10 +41,10 @@ log = logging.getLogger("jaxembed")
 
 MODULE_FILE = "model.py"
 HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
-RECIPE = re.compile(r"^## Recipe\n\n```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)  # in the model card of an export
-LICENSE = re.compile(r"^---\n.*?^license: *(\S+)$.*?^---$", re.MULTILINE | re.DOTALL)
+CARD_RECIPE = re.compile(r"^## Recipe\n\n```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)  # in the model card of an export
+CARD_LICENSE = re.compile(r"^---\n.*?^license: *(\S+)$.*?^---$", re.MULTILINE | re.DOTALL)
 SEEN_TASK = re.compile(r"mteb [\d.]+: ([\w.\-]+)")  # in the `seen` of a catalog entry
-MODULE = '''"""{name}, trained with jaxembed."""
+MODULE_TEMPLATE = '''"""{name}, trained with jaxembed."""
 
 from mteb.models.model_meta import ModelMeta
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
@@ -152,7 +152,7 @@ def read_sources(model: Path) -> list[SourceConfig] | None:
     card = model / "README.md"
     if exists(model / "config.yaml"):
         config = read_run_config(model / "config.yaml")
-    elif exists(card) and (recipe := RECIPE.search(read_text(card))):
+    elif exists(card) and (recipe := CARD_RECIPE.search(read_text(card))):
         config = parse_config(upgrade_run_tree(yaml.safe_load(recipe[1])), str(card))
     else:
         return None
@@ -162,7 +162,7 @@ def read_sources(model: Path) -> list[SourceConfig] | None:
 def read_license(model: Path) -> str:
     """Return the license in the front matter of a folder's README.md, or an empty string."""
     card = model / "README.md"
-    match = LICENSE.match(read_text(card)) if exists(card) else None
+    match = CARD_LICENSE.match(read_text(card)) if exists(card) else None
     return match[1] if match else ""
 
 
@@ -172,21 +172,21 @@ def find_training_tasks(sources: Iterable[SourceConfig]) -> tuple[list[str], lis
     A source belongs to a task if it has the task's name or data set, or if its catalog entry names the task.
     """
     tasks = import_mteb().get_tasks(exclude_superseded=False, exclude_beta=False)
-    names = {task.metadata.name.lower(): task.metadata.name for task in tasks}
+    names_by_lowercase = {task.metadata.name.lower(): task.metadata.name for task in tasks}
     names_by_path: dict[str, list[str]] = {}
     for task in tasks:
         names_by_path.setdefault(str(task.metadata.dataset.get("path")).lower(), []).append(task.metadata.name)
     training_tasks: set[str] = set()
-    others: dict[str, None] = {}
+    sources_without_task: dict[str, None] = {}
     for source in sources:
         entry = read_catalog().get(source.display_name, {})
         candidates = [source.display_name, *SEEN_TASK.findall(" ".join(map(str, entry.get("seen", ()))))]
-        matches = [names[name.lower()] for name in candidates if name.lower() in names]
+        matches = [names_by_lowercase[name.lower()] for name in candidates if name.lower() in names_by_lowercase]
         matches += names_by_path.get("/".join(source.path.removeprefix("hf:").split(":")[0].split("/")[:2]).lower(), [])
         training_tasks.update(matches)
         if not matches:
-            others.setdefault(source.display_name)
-    return sorted(training_tasks), list(others)
+            sources_without_task.setdefault(source.display_name)
+    return sorted(training_tasks), list(sources_without_task)
 
 
 def write_submission(folder: Path, facts: ModelFacts, encoder: TaskEncoder, tasks: Sequence[Any], results: Path) -> None:
@@ -208,14 +208,14 @@ def write_submission(folder: Path, facts: ModelFacts, encoder: TaskEncoder, task
     fields = collect_metadata(facts, encoder, training_tasks)
     prompts = list_prompts(encoder, tasks)
     scored_meta = MtebEncoder(encoder, encoder.versions[0]).mteb_model_meta
-    target = folder / "results" / facts.name.replace("/", "__") / str(fields["revision"])
-    target.mkdir(parents=True, exist_ok=True)
+    submitted_results = folder / "results" / facts.name.replace("/", "__") / str(fields["revision"])
+    submitted_results.mkdir(parents=True, exist_ok=True)
     write_text(folder / MODULE_FILE, format_module(fields, prompts, other_sources))
     for task in tasks:
         name = task.metadata.name
-        shutil.copyfile(ResultCache(results).get_task_result_path(name, scored_meta), target / f"{name}.json")
+        shutil.copyfile(ResultCache(results).get_task_result_path(name, scored_meta), submitted_results / f"{name}.json")
     meta = ModelMeta(loader=SentenceTransformerEncoderWrapper, loader_kwargs={"model_prompts": prompts}, **fields)
-    write_json(target / "model_meta.json", meta.to_dict())
+    write_json(submitted_results / "model_meta.json", meta.to_dict())
 
 
 def collect_metadata(facts: ModelFacts, encoder: TaskEncoder, training_tasks: Sequence[str] | None) -> dict[str, Any]:
@@ -254,21 +254,21 @@ def list_prompts(encoder: TaskEncoder, tasks: Iterable[Any]) -> dict[str, str]:
     return prompts
 
 
-def format_module(fields: Mapping[str, Any], prompts: Mapping[str, str], others: Sequence[str]) -> str:
+def format_module(fields: Mapping[str, Any], prompts: Mapping[str, str], other_sources: Sequence[str]) -> str:
     """Return the source of the module.
 
     Args:
         fields: Fields of ModelMeta.
         prompts: Complete prompts by task.
-        others: Training sources that belong to no task.
+        other_sources: Training sources that belong to no task.
     """
-    comment = f"# Sources of the training data without a task of MTEB: {', '.join(others)}." if others else ""
+    comment = f"# Sources of the training data without a task of MTEB: {', '.join(other_sources)}." if other_sources else ""
     if fields["training_datasets"] is None:
         comment = "# The training data are unknown. Name their tasks of MTEB in training_datasets."
     values = {**fields, "training_datasets": fields["training_datasets"] and sorted(fields["training_datasets"])}
     lines = [f"    {key}={value!r}," for key, value in values.items() if key != "training_datasets"]
     datasets = values["training_datasets"]
     lines.append(f"    training_datasets={'None' if datasets is None else f'set({datasets!r})'},")
-    return MODULE.format(
+    return MODULE_TEMPLATE.format(
         name=fields["name"], prompts=pprint.pformat(dict(prompts), width=120), comment=comment, fields="\n".join(lines)
     )

@@ -107,8 +107,10 @@ class MtebTask:
         except ConnectionError as error:
             raise explain_failed_download(self.task, error) from None
         metadata = self.task.metadata
-        names = {"metric": str(metadata.main_score), "type": self.type}
-        summaries = [summarize_task(result, choose_prompts(encoder, metadata).instruction) | names for result in results]
+        metric_and_type = {"metric": str(metadata.main_score), "type": self.type}
+        summaries = [
+            summarize_task(result, choose_prompts(encoder, metadata).instruction) | metric_and_type for result in results
+        ]
         return summaries[0] | encoder.summarize_versions([summary["score"] for summary in summaries])
 
     def score_items(self, encoder: TaskEncoder) -> ItemScores:
@@ -141,14 +143,14 @@ class MtebTask:
             self.task.load_data()
         mode = "only-missing" if self.cache_folder and not self._lacks_predictions else "always"
         try:
-            first = self._call_mteb(encoders[0], mode, self.prediction_folder)
-            return [first, *(self._call_mteb(encoder, mode) for encoder in encoders[1:])]
+            first_result = self._call_mteb(encoders[0], mode, self.prediction_folder)
+            return [first_result, *(self._call_mteb(encoder, mode) for encoder in encoders[1:])]
         finally:
             if loads_data:
                 self.task.unload_data()
 
     def _list_files(self, encoder: MtebEncoder) -> Iterator[Path]:
-        """Yield the files that mteb reads and writes for this task. A task may consist of others."""
+        """Yield the files that mteb reads and writes for this task, and for the tasks that it aggregates."""
         cache = self._open_cache()
         for member in (self.task, *getattr(self.task, "taskname_to_task", {}).values()):
             if cache is not None:

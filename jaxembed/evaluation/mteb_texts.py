@@ -20,15 +20,16 @@ def list_task_texts(task: Any) -> Iterator[tuple[str, Sequence[str]]]:
             task.convert_v1_dataset_format_to_v2(None)
         for split_name in task.eval_splits:
             for subset in task.hf_subsets:
-                yield from _list_split(get_split(task, subset, split_name))
+                yield from _iter_split(get_split(task, subset, split_name))
 
 
-def _list_split(split: Any) -> Iterator[tuple[str, list[str]]]:
+def _iter_split(split: Any) -> Iterator[tuple[str, list[str]]]:
+    """Yield the role and the texts of every part of a split."""
     if isinstance(split, dict):  # retrieval
         for part, role in ROLES.items():
             yield role, [join_title(row) for row in iter_rows(split[part])]
     else:
-        yield from (("texts", texts) for texts in _list_columns(split))
+        yield from (("texts", texts) for texts in _iter_text_columns(split))
 
 
 def iter_rows(part: Any) -> Iterator[Any]:
@@ -43,7 +44,7 @@ def join_title(row: Any) -> str:
     return f"{row.get('title') or ''} {row.get('text') or ''}".strip()
 
 
-def _list_columns(split: Any) -> Iterator[list[str]]:
+def _iter_text_columns(split: Any) -> Iterator[list[str]]:
     """Yield the texts of every column, except labels, languages and ids. Lists are flattened."""
     for name in split.column_names:
         texts = [text for value in split[name] for text in _flatten(value)]
@@ -52,6 +53,7 @@ def _list_columns(split: Any) -> Iterator[list[str]]:
 
 
 def _flatten(value: Any) -> Iterable[str]:
+    """Return the texts in a value: a text, nested lists of texts, or none for other values."""
     if isinstance(value, str):
         return (value,)
     return (text for entry in value for text in _flatten(entry)) if isinstance(value, list) else ()

@@ -23,7 +23,7 @@ class TaskProgress:
         self._shares = {name: count or mean for name, count in expected_texts.items()}
         self.task = ""
         self._end = 0  # position where the current task's share ends
-        self._is_encoding = False
+        self._has_encoded = False
         self._total = sum(self._shares.values())
         self._bar = progress_bar(total=self._total, unit="text", unit_scale=True)
 
@@ -31,22 +31,22 @@ class TaskProgress:
         """Start the share of a task."""
         self.task = name
         self._end += self._shares[name]
-        self._is_encoding = False
+        self._has_encoded = False
         self._bar.set_description(name, refresh=True)
 
-    def advance(self, texts: int) -> None:
+    def advance(self, num_texts: int) -> None:
         """Count texts that were encoded, up to the share of the task."""
-        self._is_encoding = True
-        self._bar.update(min(texts, max(0, self._end - self._bar.n)))
+        self._has_encoded = True
+        self._bar.update(min(num_texts, max(0, self._end - self._bar.n)))
 
     def finish_task(self) -> None:
         """Complete the share of a task. A task that encoded nothing has stored results, and is removed from the bar."""
-        rest = self._end - int(self._bar.n)
-        if self._is_encoding:
-            self._bar.update(rest)
+        remaining_texts = self._end - int(self._bar.n)
+        if self._has_encoded:
+            self._bar.update(remaining_texts)
         else:  # texts that were not encoded must not count towards the speed
-            self._total -= rest
-            self._end -= rest
+            self._total -= remaining_texts
+            self._end -= remaining_texts
             self._bar.total = self._total
             self._bar.refresh()
 

@@ -17,7 +17,7 @@ BM25_ROW = "BM25"
 # Columns of NV-Embed's Table 1, in its order. Other types of tasks follow.
 TYPE_ORDER = ("Retrieval", "Reranking", "Clustering", "PairClassification", "Classification", "STS", "Summarization")
 VERSION_KEYS = ("widths", "precisions")  # of scores by version of the vectors, in `EvaluationTask.score`
-Score = float | None
+Score = float | None  # in percent; None: not scored, or not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,20 +109,26 @@ def _build_overview(tables: Sequence[ScoreTable]) -> ScoreTable:
 def _add_published_rows(table: ScoreTable) -> ScoreTable:
     """Return a table with the rows that papers print for the same tasks."""
     rows, sources = dict(table.rows), []
-    for published in read_published_tables().values():
-        if published.benchmark != table.title or not published.columns.keys() & table.columns.keys():
+    for published_table in read_published_tables().values():
+        if published_table.benchmark != table.title or not published_table.columns.keys() & table.columns.keys():
             continue
-        counts = ", ".join(f"{name} ({count})" for name, count in published.columns.items())
-        has_same_columns = dict(published.columns) == dict(table.columns)
-        sources.append(published.source if has_same_columns else f"{published.source}, whose columns are {counts}")
-        for name, row in published.rows.items():
-            cells = dict(zip(published.columns, row.scores, strict=True))
+        counts = ", ".join(f"{name} ({count})" for name, count in published_table.columns.items())
+        has_same_columns = dict(published_table.columns) == dict(table.columns)
+        sources.append(published_table.source if has_same_columns else f"{published_table.source}, whose columns are {counts}")
+        for name, row in published_table.rows.items():
+            cells = dict(zip(published_table.columns, row.scores, strict=True))
             rows.setdefault(name, [*(cells.get(column) for column in table.columns), row.average])
     return dataclasses.replace(table, rows=rows, sources=sources, published=[name for name in rows if name not in table.rows])
 
 
 def _read_score(result: Mapping[str, Any], member: GroupMember, version: tuple[str, str] | None) -> Score:
-    """Return the score of a task in a group, in percent."""
+    """Return the score of a task in a group, in percent.
+
+    Args:
+        result: Scores of the task, as in `EvaluationTask.score`.
+        member: The group, with the subsets that count in it.
+        version: A key of `VERSION_KEYS` and a name under it, such as ("widths", "256"). None: there are no versions.
+    """
     parts = [result["subsets"].get(subset) for subset in member.subsets]
     if version is not None:
         key, name = version
@@ -141,7 +147,8 @@ def _read_bm25(result: Mapping[str, Any]) -> Score:
 
 def _mean(values: Sequence[Score]) -> Score:
     """Return the mean, or None if a value is missing."""
-    return fmean(known_values) if len(known_values := [value for value in values if value is not None]) == len(values) else None
+    known_values = [value for value in values if value is not None]
+    return fmean(known_values) if len(known_values) == len(values) else None
 
 
 def get_type_position(column: str) -> tuple[int, str]:

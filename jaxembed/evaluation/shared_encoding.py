@@ -48,10 +48,12 @@ def share_encoding(encoder: TaskEncoder) -> Iterator[None]:
 def serve_encoding(encode: EncodeWithPrompt) -> None:
     """Encode together with process 0, until it leaves `share_encoding`."""
     while call := _receive():
-        encode(call[1:], call[0])
+        prompt, *texts = call
+        encode(texts, prompt)
 
 
 def _send(call: list[str]) -> None:
+    """Send a call from process 0: the prompt and the texts, or an empty list to end `serve_encoding`."""
     content = json.dumps(call).encode()
     count = math.ceil(len(content) / MESSAGE_BYTES)
     processes.broadcast_from_first(str(count).encode())
@@ -60,6 +62,7 @@ def _send(call: list[str]) -> None:
 
 
 def _receive() -> list[str]:
+    """Receive a call on another process (see `_send`)."""
     count = int(processes.broadcast_from_first(b""))
     call = json.loads(b"".join(processes.broadcast_from_first(b"") for _ in range(count)))
     assert isinstance(call, list)

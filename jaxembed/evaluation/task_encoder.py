@@ -138,6 +138,7 @@ class TaskEncoder:
                 self.progress.advance(len(part))
 
     def _join(self, parts: Iterator[np.ndarray], prompt: str) -> np.ndarray:
+        """Return the parts as one array. Without parts, the model gives the width of the empty array."""
         vectors = list(parts)
         return np.concatenate(vectors) if vectors else self.encode_with_prompt([], prompt)
 
@@ -146,8 +147,8 @@ def truncate_vectors(vectors: np.ndarray, width: int) -> np.ndarray:
     """Return the first `width` dimensions of each vector, normalized again (Matryoshka), float32 [N, width]."""
     if width == vectors.shape[1]:
         return vectors
-    leading = np.array(vectors[:, :width], np.float32)
-    return leading / np.maximum(np.linalg.norm(leading, axis=1, keepdims=True), 1e-12)
+    leading_dimensions = np.array(vectors[:, :width], np.float32)
+    return leading_dimensions / np.maximum(np.linalg.norm(leading_dimensions, axis=1, keepdims=True), 1e-12)
 
 
 def check_widths(widths: Sequence[int], spec: EmbeddingSpec, model_width: int, model: str) -> tuple[int, ...]:

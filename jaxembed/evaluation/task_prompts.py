@@ -80,20 +80,20 @@ class PromptChooser:
         digests = [table.compute_digest() for _, table in self._list_tables()]
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:PROMPT_DIGEST_CHARS] if digests else ""
 
-    def log(self) -> None:
+    def log_origins(self) -> None:
         """Log once where the prompts of queries and documents come from."""
         if tables := [origin for origin, _ in self._list_tables()]:
-            first, rest = "instructions come from " + ", then ".join(tables), "; other tasks get "
+            table_note, other_note = "instructions come from " + ", then ".join(tables), "; other tasks get "
         else:
-            first, rest = "", "queries get "
+            table_note, other_note = "", "queries get "
         if not self.spec.prompts and not self.spec.instruction_table:
-            rest += f"the prompt {self.spec.plain_prompt!r}, because no prompts are stored with the model"
+            other_note += f"the prompt {self.spec.plain_prompt!r}, because no prompts are stored with the model"
         elif (fixed_prompt := _find_fixed_prompt(self.spec)) is not None:
-            rest += f"the stored prompt {fixed_prompt!r}"
+            other_note += f"the stored prompt {fixed_prompt!r}"
         else:
-            rest += f"mteb's instruction in {self.spec.instruction_template!r}"
+            other_note += f"mteb's instruction in {self.spec.instruction_template!r}"
         prompt_kind = "the stored prompt " if self._find_document_prompt() is not None else ""
-        log_once(f"{first}{rest}; documents get {prompt_kind}{self._document_prompt!r}", logging.INFO)
+        log_once(f"{table_note}{other_note}; documents get {prompt_kind}{self._document_prompt!r}", logging.INFO)
 
     def _list_tables(self) -> Iterator[tuple[str, InstructionTable]]:
         if self.user_table is not None:
@@ -127,5 +127,5 @@ def _find_fixed_prompt(spec: EmbeddingSpec) -> str | None:
     """Return the stored prompt of queries if no stored prompt contains an instruction, otherwise None."""
     if spec.fixed_prompts:
         return spec.build_prompt(None, side="query")
-    others = [prompt for name, prompt in spec.prompts.items() if name not in DOCUMENT_PROMPTS]
-    return None if any(map(spec.extract_instruction, others)) else spec.prompts.get("query")
+    query_prompts = [prompt for name, prompt in spec.prompts.items() if name not in DOCUMENT_PROMPTS]
+    return None if any(map(spec.extract_instruction, query_prompts)) else spec.prompts.get("query")

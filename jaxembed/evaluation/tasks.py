@@ -125,7 +125,10 @@ def check_instructions(table: InstructionTable, name: str, tasks: Sequence[Evalu
 
 
 class FinishedTasks:
-    """Results of tasks in a folder, of any model, which a restarted run reuses. Results of MTEB tasks are stored by mteb."""
+    """Stored results of tasks in a folder, which a restarted run reuses. mteb itself stores the results of its tasks.
+
+    The folder may have results of several models.
+    """
 
     def __init__(self, folder: Path):
         """Read the results in `folder`."""
@@ -171,13 +174,13 @@ def compute_key(task: EvaluationTask, encoder: TaskEncoder) -> str:
 
 
 def _items_to_json(items: ScoredItems) -> dict[str, Any]:
-    """Return items as plain values."""
-    [statistic] = [name for name, statistic in STATISTICS.items() if statistic is items.statistic]
-    return {"statistic": statistic, "unit": items.unit, "values": items.values.tolist()}
+    """Return items as a JSON object, with the name of their statistic."""
+    [statistic_name] = [name for name, statistic in STATISTICS.items() if statistic is items.statistic]
+    return {"statistic": statistic_name, "unit": items.unit, "values": items.values.tolist()}
 
 
 def _parse_items(part: dict[str, Any]) -> ScoredItems:
-    """Return the items that `_items_to_json` was given."""
+    """Return the items from the JSON object that `_items_to_json` returns."""
     return ScoredItems(np.array(part["values"], np.float64), STATISTICS[part["statistic"]], part["unit"])
 
 
@@ -185,8 +188,8 @@ def score_tasks(
     encoder: TaskEncoder,
     tasks: Sequence[EvaluationTask],
     out: Path | None = None,
-    items: dict[str, ItemScores] | None = None,
-    finished: FinishedTasks | None = None,
+    items_by_task: dict[str, ItemScores] | None = None,
+    finished_tasks: FinishedTasks | None = None,
 ) -> dict[str, Any]:
     """Score a model on tasks.
 
@@ -194,23 +197,25 @@ def score_tasks(
         encoder: The model.
         tasks: The tasks.
         out: Folder for `scores.json`, which is written after every task.
-        items: Receives the items of every task, for a comparison with another model. None: they are not needed.
-        finished: Results that a later run uses again.
+        items_by_task: Filled with the items of every task, for a comparison with another model. None: they are not needed.
+        finished_tasks: Results that a later run uses again.
 
     Returns:
         {task: scores}, as in `EvaluationTask.score`.
     """
-    encoder.prompts.log()
+    encoder.prompts.log_origins()
     encoder.progress = TaskProgress({task.name: task.expected_texts for task in tasks})
     scores: dict[str, Any] = {}
     try:
         for task in tasks:
             encoder.progress.begin(task.name)
-            if items is None:
-                scores[task.name] = finished.score(task, encoder) if finished else task.score(encoder)
+            if items_by_task is None:
+                scores[task.name] = finished_tasks.score(task, encoder) if finished_tasks else task.score(encoder)
             else:
-                items[task.name] = finished.score_items(task, encoder) if finished else task.score_items(encoder)
-                scores[task.name] = items[task.name].summary
+                items_by_task[task.name] = (
+                    finished_tasks.score_items(task, encoder) if finished_tasks else task.score_items(encoder)
+                )
+                scores[task.name] = items_by_task[task.name].summary
             encoder.progress.finish_task()
             if encoder.cache:
                 encoder.cache.clear()

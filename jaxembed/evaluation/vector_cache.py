@@ -23,7 +23,7 @@ class VectorCache:
     to a file while it is encoded. Files of an interrupted task are reused.
     """
 
-    def __init__(self, folder: Path, revision: str, width: int, memory_bytes: int, keeps_all: bool):
+    def __init__(self, folder: Path, revision: str, width: int, memory_bytes: int, keeps_arrays: bool):
         """Create the cache of a run.
 
         Args:
@@ -31,11 +31,11 @@ class VectorCache:
             revision: Identifies everything that the vectors depend on.
             width: Width of the vectors.
             memory_bytes: Maximum bytes of vectors in memory.
-            keeps_all: Whether vectors in memory are kept too, because a task encodes texts repeatedly. Otherwise only
-                those in files are kept.
+            keeps_arrays: Whether vectors that fit in memory are kept for later calls, because a task encodes texts repeatedly.
+                Vectors in files are always kept.
         """
         self._folder, self._revision, self._width = folder, revision, width
-        self._memory_bytes, self._keeps_all = memory_bytes, keeps_all
+        self._memory_bytes, self._keeps_arrays = memory_bytes, keeps_arrays
         self._arrays: dict[str, np.ndarray] = {}
         self._used_bytes = 0
 
@@ -52,7 +52,7 @@ class VectorCache:
         """
         needed_bytes = 4 * self._width * len(texts)
         fits = self._used_bytes + needed_bytes <= self._memory_bytes
-        if fits and not self._keeps_all:
+        if fits and not self._keeps_arrays:
             return self._concatenate(encode())
         key = self._make_key(texts, prompt)
         if key not in self._arrays:
@@ -66,6 +66,7 @@ class VectorCache:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _make_key(self, texts: Sequence[str], prompt: str) -> str:
+        """Return the SHA-256 of everything that the vectors depend on."""
         digest = hashlib.sha256()
         for part in (self._revision, prompt, *texts):
             digest.update(f"{len(part)} {part}".encode("utf-8", "surrogatepass"))

@@ -8,15 +8,15 @@ from typing import Any
 from jaxembed.runs.open import OpenedRun
 from jaxembed.training.metrics import NullRecorder, Recorder, read_metrics
 
-# Prefixes in metrics.jsonl: the base's scores and their standard errors at step 0, and the drops warned about.
+# Key prefixes in metrics.jsonl: scores of the base and their standard errors at step 0, and score drops with a warning.
 BASE_PREFIX, NOISE_PREFIX, WARNED_PREFIX = "untrained/", "noise/", "below_base/"
 
 
 class BaseMonitor:
-    """Warns once for each held-out set whose main score drops below the base's by more than the set's noise.
+    """Warns once for each held-out set whose main score drops below the base's by more than its noise.
 
-    The noise is the bootstrap standard error of the base's score. Everything it needs is in the metrics of the run, so a
-    resumed run continues to be monitored, and repeats no warning.
+    The noise is the bootstrap standard error of the base's score. Scores, noise and warnings are read from the metrics of the
+    run, so a resumed run continues to be monitored, and repeats no warning.
     """
 
     def __init__(self, run: OpenedRun, recorder: Recorder | NullRecorder):
@@ -29,9 +29,9 @@ class BaseMonitor:
         rows = read_metrics(run.run_dir) if run.base.has_weights else []
         self._recorder = recorder
         self._advice = describe_remedies(run)
-        self._base = _collect(rows, BASE_PREFIX)
-        self._noise = _collect(rows, NOISE_PREFIX)
-        self._warned = set(_collect(rows, WARNED_PREFIX))
+        self._base_scores = _collect_metrics(rows, BASE_PREFIX)
+        self._standard_errors = _collect_metrics(rows, NOISE_PREFIX)
+        self._warned_metrics = set(_collect_metrics(rows, WARNED_PREFIX))
 
     def check(self, step: int, scores: Mapping[str, float]) -> None:
         """Warn about sets whose score is below the base's by more than the noise.
@@ -40,14 +40,15 @@ class BaseMonitor:
             step: The step.
             scores: The scores after the step by SET/METRIC.
         """
-        for name in self._noise.keys() & scores.keys() - self._warned:
-            drop = self._base[name] - scores[name]
-            if drop > self._noise[name]:
-                self._warned.add(name)
-                self._recorder.log(step, {f"{WARNED_PREFIX}{name}": drop})
+        for metric in self._standard_errors.keys() & scores.keys() - self._warned_metrics:
+            base_score, noise = self._base_scores[metric], self._standard_errors[metric]
+            drop = base_score - scores[metric]
+            if drop > noise:
+                self._warned_metrics.add(metric)
+                self._recorder.log(step, {f"{WARNED_PREFIX}{metric}": drop})
                 self._recorder.say(
-                    f"warning: step {step}: {name} is {scores[name]:.4f}, and the base's is {self._base[name]:.4f}. The drop "
-                    f"of {drop:.4f} is more than the noise of the set (standard error {self._noise[name]:.4f}). {self._advice}"
+                    f"warning: step {step}: {metric} is {scores[metric]:.4f}, and the base's is {base_score:.4f}. The drop "
+                    f"of {drop:.4f} is more than the noise of the set (standard error {noise:.4f}). {self._advice}"
                 )
 
 
@@ -64,7 +65,7 @@ def describe_remedies(run: OpenedRun) -> str:
     return f"{remedy} The mean of both models often keeps what the base knew: {command}"
 
 
-def _collect(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
+def _collect_metrics(rows: list[dict[str, Any]], prefix: str) -> dict[str, float]:
     """Return the finite values whose keys start with a prefix, without it."""
     return {
         key.removeprefix(prefix): value

@@ -34,7 +34,7 @@ def open_stage_base(run: OpenedRun, index: int) -> Base:
 
 
 def merge_trained_adapters(run: OpenedRun, stage: Stage, state: TrainState) -> TrainState:
-    """Merge the adapters of the previous stage into the base, and start new ones. A stage that merges none keeps the state.
+    """Merge the adapters of the previous stage into the base, and start new ones. Without `merge_adapters` nothing changes.
 
     The adapters are written to the run directory as a PEFT folder, with which a resumed run merges them again. They are added
     to the weights of the base before these are rounded.
@@ -54,14 +54,14 @@ def merge_trained_adapters(run: OpenedRun, stage: Stage, state: TrainState) -> T
     processes.barrier()
     log.info("%s: the adapters so far, merged into the base before the stage", folder)
     # The base with all merged adapters takes the place of the old one, which is freed first.
-    for old in jax.tree.leaves(state.frozen):
-        old.delete()
+    for leaf in jax.tree.leaves(state.frozen):
+        leaf.delete()
     shapes, shardings = compute_shapes_and_shardings(run.model, run.mesh)
     parts = [part for part in FROZEN_PARTS if part in shapes]
     frozen = open_stage_base(run, stage.index).load(*({part: tree[part] for part in parts} for tree in (shapes, shardings)))
-    # New adapters.
-    new = {path: sharding for path, sharding in flatten_dict(shardings).items() if path[-1] in ADAPTER_PARAMS}
+    # Initialize new adapters.
+    adapter_shardings = {path: sharding for path, sharding in flatten_dict(shardings).items() if path[-1] in ADAPTER_PARAMS}
     key = jax.random.fold_in(state.key, stage.index)
     with jax.set_mesh(None):  # under the mesh of the run, Flax would look for the logical axes in it
-        fresh = flatten_dict(init_params(run.model, key, unflatten_dict(new)))
-    return dataclasses.replace(state, params=unflatten_dict(flatten_dict(state.params) | fresh), frozen=frozen)
+        new_adapters = flatten_dict(init_params(run.model, key, unflatten_dict(adapter_shardings)))
+    return dataclasses.replace(state, params=unflatten_dict(flatten_dict(state.params) | new_adapters), frozen=frozen)

@@ -62,7 +62,7 @@ class OpenedRun:
         stages: The stages, in order.
         encoders: The guide and the teacher, by role.
         held_out: The held-out sets. A planned run has none.
-        ranges: Ranges of the model's vectors for int8, float32 [2, D]. None: not needed.
+        ranges: Minimum and maximum of each dimension of the vectors, float32 [2, D], for int8. None: not needed.
     """
 
     config: Config
@@ -140,13 +140,14 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     encoders = open_encoders(config)
     if lock is None:
         encoders = {role: ZeroEncoder(**vars(encoder)) for role, encoder in encoders.items()}
-    # Open the data. The first process reads it and writes indexes to the cache for the others.
-    first = processes.run_on_first_process_first
-    plans = first(partial(open_plans, config))
-    held_out = () if lock is None else first(partial(open_held_out_sets, config.eval.sets, cache_dir()))
+    # Open the data. Process 0 goes first: it reads the files, and writes indexes for the others to the cache.
+    plans = processes.run_on_first_process_first(partial(open_plans, config))
+    held_out = (
+        () if lock is None else processes.run_on_first_process_first(partial(open_held_out_sets, config.eval.sets, cache_dir()))
+    )
     # Create the run directory, now that the data is known to be good, and write a new tokenizer there.
-    run_dir = None if lock is None else first(partial(create_run_dir, config, lock))
-    tokenizer = first(partial(_open_tokenizer, run_dir, base, spec, plans))
+    run_dir = None if lock is None else processes.run_on_first_process_first(partial(create_run_dir, config, lock))
+    tokenizer = processes.run_on_first_process_first(partial(_open_tokenizer, run_dir, base, spec, plans))
     stages = _open_stages(config, plans, model, tokenizer, base, shards, encoders)
     return OpenedRun(
         config=config,
@@ -170,10 +171,10 @@ def _resolve_spec(config: Config, base: Base, recorded_spec: EmbeddingSpec | Non
         recorded_spec: The spec of the run that is resumed. Earlier versions left instructions out of the pooling by default,
             and their runs continue to do so.
     """
-    spec = base.spec.apply_model_config(config.model, config.stages[-1].data.max_length)
-    last = config.stages[-1]
-    exit_layers = last.exits.list_trained(base.transformer.layers)
-    spec = spec.replace(matryoshka_dims=tuple(sorted(last.matryoshka.dims)), exit_layers=exit_layers)
+    last_stage = config.stages[-1]
+    spec = base.spec.apply_model_config(config.model, last_stage.data.max_length)
+    exit_layers = last_stage.exits.list_trained(base.transformer.layers)
+    spec = spec.replace(matryoshka_dims=tuple(sorted(last_stage.matryoshka.dims)), exit_layers=exit_layers)
     if recorded_spec is not None and config.model.pooling.include_instruction is None:
         spec = spec.replace(include_instruction=recorded_spec.include_instruction)
     pools_instruction = spec.include_instruction or spec.pool_last_instruction_token
@@ -209,7 +210,7 @@ def _build_compute_options(config: Config) -> ComputeOptions:
 
 
 def _check_stage(stage: StageConfig, model: EmbeddingModel, shards: int, prefix: str) -> None:
-    """Raise `UserError` if batch, widths, exits, or names of sources do not fit the shards, the model, or the data."""
+    """Raise `UserError` if batches do not fit the shards, widths or exits do not fit the model, or a source is unknown."""
     batch_sizes = {"train.batch_size": stage.train.batch_size} | {
         f"objectives.{i}.batch_size": objective.batch_size
         for i, objective in stage.token_objectives.items()
@@ -274,7 +275,7 @@ def _write_tokenizer(tokenizer: TextTokenizer, folder: Path) -> None:
 
 
 def _iter_texts(source: Source) -> Iterator[str]:
-    """Yield query and positive of every example of a source."""
+    """Yield the query and a positive of every example of a source."""
     for index in range(len(source)):
         example = source.draw(index, np.random.default_rng(index), 0)
         yield example.query
@@ -290,7 +291,7 @@ def _open_stages(
     shards: Shards,
     encoders: Mapping[str, FrozenEncoder],
 ) -> list[Stage]:
-    """Build the stages. It has seven parameters because they are the parts of an `OpenedRun` that has no stages yet."""
+    """Build the stages. It has seven parameters: no `OpenedRun` that could hold them exists yet."""
     stages: list[Stage] = []
     for index, (stage, plan) in enumerate(zip(config.stages, plans, strict=True)):
         first_step = stages[-1].last_step if stages else 0
@@ -337,9 +338,9 @@ def _open_stages(
 
 def _count_schedule_steps(stages: Sequence[StageConfig], index: int) -> int:
     """Count the steps of a stage and of the adjacent stages that share its optimizer and schedule."""
-    first = max(i for i in range(index + 1) if i == 0 or stages[i].optim.restart)
-    end = next((i for i in range(index + 1, len(stages)) if stages[i].optim.restart), len(stages))
-    return sum(stage.train.steps for stage in stages[first:end])
+    first_stage = max(i for i in range(index + 1) if i == 0 or stages[i].optim.restart)
+    end_stage = next((i for i in range(index + 1, len(stages)) if stages[i].optim.restart), len(stages))
+    return sum(stage.train.steps for stage in stages[first_stage:end_stage])
 
 
 def _check_prompts_fit(prompts: Mapping[str, str], tokenizer: TextTokenizer) -> None:

@@ -71,8 +71,9 @@ def _assign_token_sources(stage: StageConfig, sources: Sequence[Source], prefix:
         source_format, where = objective.source_format, f"{prefix}objectives.{i}: {objective.name}"
         requirement = f"{where} needs sources of format {source_format} ({objective.source_rows})"
         named_sources = [source for source in sources if source.name in objective.sources]
-        if wrong := [source for source in named_sources if source.format != source_format]:
-            raise UserError(f"{requirement}, but source {wrong[0].name} has format {wrong[0].format}. Name other sources.")
+        if mismatched_sources := [source for source in named_sources if source.format != source_format]:
+            first = mismatched_sources[0]
+            raise UserError(f"{requirement}, but source {first.name} has format {first.format}. Name other sources.")
         own_sources = named_sources or [source for source in sources if source.format == source_format]
         if not own_sources:
             formats = ", ".join(f"{source.name}: {source.format}" for source in sources)
@@ -95,8 +96,8 @@ def _assign_query_sources(
         return []
     vector_objectives = [objective for i, objective in enumerate(stage.objectives) if i not in stage.token_objectives]
     named_sources = {name for objective in vector_objectives for name in objective.sources}
-    token_only = {source.name for source in token_sources} - named_sources
-    query_sources = [source for source in sources if source.name not in token_only]
+    token_only_names = {source.name for source in token_sources} - named_sources
+    query_sources = [source for source in sources if source.name not in token_only_names]
     if not query_sources:
         raise UserError(
             f"{prefix}objectives: no source is left for {vector_objectives[0].name}, because all of them train objectives "

@@ -1,4 +1,7 @@
-"""Find the int8 ranges of a run, pass them to its objectives, and record them."""
+"""Find the int8 ranges of a run, pass them to its objectives, and record them.
+
+Ranges are the minimum and the maximum of each dimension of the vectors. int8 quantization maps them to the ends of a byte.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +29,21 @@ def open_ranges(config: Config, base: Base, width: int) -> np.ndarray | None:
         UserError: There is no such file, or it does not fit the vectors.
     """
     trains_int8 = any("int8" in stage.quantization.precisions for stage in config.stages)
-    if not trains_int8 and all(held_out.precision != "int8" for held_out in config.eval.sets):
+    if not trains_int8 and all(set_config.precision != "int8" for set_config in config.eval.sets):
         return None
     run_path, base_path = Path(config.run.dir) / RANGES_FILE, Path(base.name) / RANGES_FILE
-    config_path = next((stage.quantization.ranges for stage in config.stages if stage.quantization.ranges), None)
-    if not exists(run_path) and config_path is None and not exists(base_path):
+    configured_path = next((stage.quantization.ranges for stage in config.stages if stage.quantization.ranges), None)
+    if not exists(run_path) and configured_path is None and not exists(base_path):
         key = "quantization.precisions" if trains_int8 else "eval.sets"
         raise UserError(
             f"{key}: int8 needs ranges (found neither quantization.ranges nor {base_path}). Write a file of them: python -m "
             f"jaxembed.encode {base.name} TEXTS OUT.npy --write-ranges RANGES.npy"
         )
-    return read_ranges(run_path if exists(run_path) else Path(config_path or base_path), width)
+    return read_ranges(run_path if exists(run_path) else Path(configured_path or base_path), width)
 
 
 def apply_ranges(stages: Sequence[Stage], ranges: np.ndarray | None) -> Sequence[Stage]:
-    """Return stages whose objectives have the ranges."""
+    """Return the stages with `ranges` in their objectives. None: the stages are returned unchanged."""
     if ranges is None:
         return stages
     values = tuple(map(tuple, ranges.tolist()))

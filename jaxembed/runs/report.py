@@ -89,8 +89,8 @@ def describe_source(stage: Stage, source: Source, epochs: float, examples: Seque
     """
     tokenizer, train, sampler = stage.tokenizer, stage.config.train, source.sampler
     lengths = tokenizer.count_untruncated_tokens(*stage.batch_builder.sampler.list_texts(examples))
-    limit = tokenizer.spec.max_length
-    counts, edges = np.histogram(np.minimum(lengths, 2 * limit), bins=LENGTH_BINS, range=(0, 2 * limit))
+    max_length = tokenizer.spec.max_length
+    counts, edges = np.histogram(np.minimum(lengths, 2 * max_length), bins=LENGTH_BINS, range=(0, 2 * max_length))
     grading = {}
     if isinstance(sampler, GradedPairSampler):
         grading = {
@@ -105,9 +105,9 @@ def describe_source(stage: Stage, source: Source, epochs: float, examples: Seque
         "in_batch_negatives": source.in_batch,
         **({"graded": grading} if grading else {}),
         "tokens": {
-            **describe_lengths(lengths, limit),
+            **describe_lengths(lengths, max_length),
             "p95": float(np.quantile(lengths, 0.95, method="higher")),
-            "truncated": float(np.mean(lengths > limit)),
+            "truncated": float(np.mean(lengths > max_length)),
             "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
         },
     }
@@ -148,7 +148,7 @@ def _show_examples(stage: Stage, source: Source, examples: Sequence[Example]) ->
 def have_negatives(examples: Sequence[Example]) -> bool:
     """Return whether examples have hard negatives, or texts that differ and so are negatives of each other.
 
-    A single example is not judged.
+    A single example gives no evidence, so the answer for it is true.
     """
     if len(examples) < 2 or any(example.negatives for example in examples):
         return True
@@ -186,20 +186,20 @@ def count_parameters(state: TrainState) -> tuple[int, int]:
 def describe_computation(run: OpenedRun) -> str:
     """Return the dtypes, the attention kernel, and the library of the matmuls that a run computes with."""
     compute, lora = run.model.compute, run.model.lora
-    storage = f", base stored in {lora.base_dtype}" if lora is not None else ""
-    chosen = " (auto)" if compute.attention_kernel == "auto" else ""
+    storage_note = f", base stored in {lora.base_dtype}" if lora is not None else ""
+    kernel = resolve_kernel(compute.attention_kernel) + (" (auto)" if compute.attention_kernel == "auto" else "")
     is_blas = compute.dtype == np.float32 and run.mesh.size == 1 and is_tuned(jax.default_backend())
-    blas = ", large matmuls by BLAS (JAXEMBED_CPU_TUNING=off: by XLA)" if is_blas else ""
-    return f"{np.dtype(compute.dtype).name}{storage}, attention kernel {resolve_kernel(compute.attention_kernel)}{chosen}{blas}"
+    blas_note = ", large matmuls by BLAS (JAXEMBED_CPU_TUNING=off: by XLA)" if is_blas else ""
+    return f"{np.dtype(compute.dtype).name}{storage_note}, attention kernel {kernel}{blas_note}"
 
 
-def describe_stage(stage: Stage, count: int) -> str:
-    """Return one line about the steps, queries, negatives, and predicted texts of a stage, in a run of `count` stages."""
+def describe_stage(stage: Stage, num_stages: int) -> str:
+    """Return one line about the steps, queries, negatives, and predicted texts of a stage, in a run of `num_stages` stages."""
     train, hard = stage.config.train, stage.config.data.hard_negatives
     in_batch = (train.batch_size - 1) * (1 + hard)
     counts = {"all": hard + in_batch, "in_batch": in_batch, "hard": hard}
     negatives = [counts[o.negatives] for o in stage.config.objectives if isinstance(o, InfoNCEConfig)]
-    name = f"stage {stage.index + 1} of {count}: " if count > 1 else ""
+    name = f"stage {stage.index + 1} of {num_stages}: " if num_stages > 1 else ""
     steps = "1 step" if train.steps == 1 else f"{train.steps:,} steps"
     parts = []
     if stage.config.compares_vectors:

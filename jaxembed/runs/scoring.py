@@ -43,12 +43,12 @@ ScoreSets = Callable[[Any], Mapping[str, SetScores]]  # all parameters -> scores
 
 
 def make_set_scorer(encoder: Embedder, held_out: Sequence[HeldOutSet], ranges: np.ndarray | None = None) -> ScoreSets:
-    """Return a function from all parameters to the scores of every set, each under its own adapter and at its precision.
+    """Return a function that scores every set, given all parameters. A set is scored with its own adapter and precision.
 
     Args:
         encoder: The model.
         held_out: The sets.
-        ranges: Ranges of its vectors, [2, D], for sets that are scored at int8.
+        ranges: Minimum and maximum of each dimension of its vectors, [2, D], for sets that are scored at int8.
     """
 
     def score_sets(params: Any) -> dict[str, SetScores]:
@@ -56,7 +56,10 @@ def make_set_scorer(encoder: Embedder, held_out: Sequence[HeldOutSet], ranges: n
         for held_out_set in held_out:
             adapted = use_adapter(encoder, params, held_out_set.config.adapter)
             precision = held_out_set.config.precision
-            vectors = [simulate_quantization(encode_input(adapted, i), precision, ranges) for i in held_out_set.inputs]
+            vectors = [
+                simulate_quantization(encode_input(adapted, text_input), precision, ranges)
+                for text_input in held_out_set.inputs
+            ]
             scores[held_out_set.config.name] = held_out_set.score(vectors)
         return scores
 
@@ -74,7 +77,7 @@ def flatten_scores(held_out: Sequence[HeldOutSet], results: Mapping[str, SetScor
 def make_evaluator(
     encoder: Embedder, held_out: Sequence[HeldOutSet], ranges: np.ndarray | None = None
 ) -> Callable[[Any], dict[str, float]]:
-    """Return a function from all parameters to the scores of every set by SET/METRIC. Arguments: see `make_set_scorer`."""
+    """Return a function that maps all parameters to scores by SET/METRIC. Arguments: see `make_set_scorer`."""
     score_sets = make_set_scorer(encoder, held_out, ranges)
     return lambda params: flatten_scores(held_out, score_sets(params))
 

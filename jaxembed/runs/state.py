@@ -44,7 +44,7 @@ def make_initial_state(run: OpenedRun, stage_index: int = 0) -> TrainState:
 
 
 def resume(run: OpenedRun, checkpoints: Checkpoints) -> tuple[int, TrainState]:
-    """Return the index of the stage to continue with, and the state there.
+    """Return the index of the stage to continue with, and the state to continue from.
 
     The state comes from the last checkpoint, or is the initial one if there is no checkpoint.
 

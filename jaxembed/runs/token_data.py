@@ -28,8 +28,12 @@ def check_token_objectives(config: Config, base: Base, spec: EmbeddingSpec) -> N
     """Check that the model supports the objectives that predict tokens.
 
     Raises:
-        UserError: The base is an encoder, or has no language-model head. Masked prediction has a causal mask. `kl_to_base` has
-            no frozen base. A tied head has an embedding that is updated lazily. Or the adapters have names.
+        UserError: One of these holds:
+            - The base is an encoder, or has no language-model head.
+            - The head is tied to an embedding that is updated lazily.
+            - The mask is causal, but an objective is masked prediction.
+            - An objective has `kl_to_base`, but the base is trained.
+            - The adapters have names.
     """
     for index, stage in enumerate(config.stages):
         for i, objective in stage.token_objectives.items():

@@ -50,12 +50,12 @@ def _show_source(stage: Stage, builder: TokenBatchBuilder, source: Source, first
     """Print a source, whose first text has the id `first_id`. Return its report without objective and epochs."""
     texts = builder.read_texts(0, np.arange(first_id, first_id + min(MEASURED_TEXTS, len(source))))
     lengths = np.array([len(text.tokens) for text in texts])
-    counts = np.array([np.sum(text.targets != NOT_PREDICTED) for text in texts])
-    num_unpredicted = int(np.sum(counts == 0))
-    share = int(counts.sum()) / max(1, int(lengths.sum()))
+    predicted_counts = np.array([np.sum(text.targets != NOT_PREDICTED) for text in texts])
+    num_unpredicted = int(np.sum(predicted_counts == 0))
+    predicted_share = int(predicted_counts.sum()) / max(1, int(lengths.sum()))
     log.info(
         "%s (%s): %s texts; %.0f tokens per text on average, %.1f%% of them predicted",
-        source.name, source.format, f"{len(source):,}", lengths.mean(), 100 * share,
+        source.name, source.format, f"{len(source):,}", lengths.mean(), 100 * predicted_share,
     )  # fmt: skip
     if num_unpredicted:
         log.info(
@@ -66,7 +66,7 @@ def _show_source(stage: Stage, builder: TokenBatchBuilder, source: Source, first
         log.info("  reads    %r", stage.tokenizer.hf_tokenizer.decode(text.tokens[:MAX_SHOWN_TOKENS]))
     return {
         **describe_rows(source),
-        "predicted": share,
+        "predicted": predicted_share,
         "tokens": describe_lengths(lengths, stage.tokenizer.spec.max_length),
     }
 
@@ -83,12 +83,17 @@ def describe_rows(source: Source) -> dict[str, Any]:
     }
 
 
-def describe_lengths(lengths: np.ndarray, limit: int) -> dict[str, Any]:
-    """Return the number of texts, statistics of their lengths in tokens, and the limit of a length."""
+def describe_lengths(lengths: np.ndarray, max_length: int) -> dict[str, Any]:
+    """Return the number of texts, statistics of their lengths, and the maximum length, all in tokens.
+
+    Args:
+        lengths: Tokens of each text, int64 [N].
+        max_length: Tokens after which a text is truncated.
+    """
     return {
         "texts": len(lengths),
         "mean": float(lengths.mean()),
         "median": float(np.median(lengths)),
         "most": int(lengths.max()),
-        "max_length": limit,
+        "max_length": max_length,
     }

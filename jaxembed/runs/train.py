@@ -60,7 +60,7 @@ def train(config: Config, command: str = "") -> dict[str, Any]:
 
 
 def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
-    """Train a run, and lock its directory.
+    """Train a run. `lock` is acquired when its directory is created.
 
     The order matters. Cheap checks come before data, and data before weights, so that a mistake is reported early. The run
     directory is created once the data is known to be good. The run is recorded there before the first parameter is read, so
@@ -93,18 +93,18 @@ def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
     base_monitor = BaseMonitor(run, recorder)
     # Train the remaining stages.
     profile, mfu_meter = Profile(config.train.profile_steps, run.run_dir / "profile"), _make_mfu_meter(run, state)
-    retain_freed_memory()  # not earlier, so that memory of loading goes back to the system
+    retain_freed_memory()  # not earlier, so that the memory that loading used goes back to the system
     try:
         # The stop request comes first: a second signal must not interrupt the last checkpoint, which `closing` waits for.
-        with StopRequest() as stop, closing(recorder), closing(checkpoints), closing(profile), jax.set_mesh(run.mesh):
+        with StopRequest() as stop_request, closing(recorder), closing(checkpoints), closing(profile), jax.set_mesh(run.mesh):
             for stage in run.stages[stage_index:]:
                 with stop_on_signals(RESUME_MESSAGE):  # nothing to save before the first step of a stage
                     if int(state.step) == stage.first_step > 0:
                         state = merge_trained_adapters(run, stage, state)
                         state = begin_stage(stage, state, run.model, run.mesh)
-                    done = int(state.step) - stage.first_step
+                    steps_done = int(state.step) - stage.first_step
                     encoder_for = partial(use_adapter, encoder, state.weights)
-                    stage = add_mined_negatives(stage, encoder_for, run.run_dir, config.get_key_prefix(stage.index), done)
+                    stage = add_mined_negatives(stage, encoder_for, run.run_dir, config.get_key_prefix(stage.index), steps_done)
                 loop = TrainingLoop(
                     stage=stage,
                     total_steps=run.total_steps,
@@ -119,8 +119,8 @@ def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
                     check_scores=base_monitor.check,
                 )
                 recorder.say(describe_stage(stage, len(run.stages)))
-                batches = iter_batches(stage.plan, stage.batch_builder, done, stage.config.train.steps)
-                state = loop.fit(state, batches, stop)
+                batches = iter_batches(stage.plan, stage.batch_builder, steps_done, stage.config.train.steps)
+                state = loop.fit(state, batches, stop_request)
     except OSError as error:  # a full disk, or a folder that is no longer writable
         raise UserError(
             f"{run.run_dir}: cannot be written ({error.strerror}). Fix the cause and run the same command."
@@ -131,16 +131,16 @@ def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
     return summary
 
 
-def _open_recorder(run: OpenedRun, start: int) -> Recorder:
-    if start:
+def _open_recorder(run: OpenedRun, start_step: int) -> Recorder:
+    if start_step:
         read_metrics(run.run_dir)  # reports a damaged file before the loggers are opened
-    return Recorder(run.run_dir, start, run.total_steps, open_loggers(run.config, start))
+    return Recorder(run.run_dir, start_step, run.total_steps, open_loggers(run.config, start_step))
 
 
 def _make_mfu_meter(run: OpenedRun, state: TrainState) -> MfuMeter | None:
     """Return the meter of the model FLOPs utilization, or None if the peak of the devices is unknown."""
-    peak = run.config.train.peak_flops or find_device_peak(run.config.model.dtype)
-    if peak is None:
+    peak_flops = run.config.train.peak_flops or find_device_peak(run.config.model.dtype)
+    if peak_flops is None:
         return None
-    adapters = len(run.model.adapters)
-    return make_mfu_meter(run.model.transformer, state.params, state.frozen, adapters, peak * run.mesh.size)
+    num_adapters = len(run.model.adapters)
+    return make_mfu_meter(run.model.transformer, state.params, state.frozen, num_adapters, peak_flops * run.mesh.size)

@@ -27,7 +27,7 @@ from jaxembed.verification.diagnosis import (
 from jaxembed.verification.served_vectors import EmbeddingServer, InputRefusedError
 
 MAX_LENGTH_ERROR = 0.01  # of a vector of unit length; bfloat16 rounds to 0.004
-MIN_OWN_COSINE = {"float32": 0.999, "bfloat16": 0.9}  # between probe.json and the folder's weights, by their dtype
+MIN_PROBE_FILE_COSINE = {"float32": 0.999, "bfloat16": 0.9}  # between probe.json and the folder's weights, by their dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +35,14 @@ class ServedVectors:
     """The vectors that a server returned for N texts.
 
     Attributes:
-        vectors: One request per text, float64 [N, W]. NaN where the server refused a text.
-        grouped: The same, with several texts per request.
+        vectors: Vectors from requests with one text each, float64 [N, W]. NaN where the server refused a text.
+        group_vectors: Vectors from requests with several texts each, float64 [N, W].
         refusals: Messages of refused texts, by index.
         group_refusal: Message with which the server refused several texts in one request; empty if it did not.
     """
 
     vectors: np.ndarray
-    grouped: np.ndarray
+    group_vectors: np.ndarray
     refusals: dict[int, str]
     group_refusal: str = ""
 
@@ -58,7 +58,7 @@ class Verification:
 
     Attributes:
         cosines: Cosine of the two vectors of each probe; None if the server returned no vector.
-        min_cosine: Minimum cosine of equal vectors.
+        min_cosine: Vectors with at least this cosine count as equal.
         findings: One line for each difference that is found without the model.
         diagnosis: Variants of the model that explain the server's vectors. None: not needed or not requested.
     """
@@ -96,7 +96,7 @@ class VerifiedFolder:
 
     @property
     def inputs(self) -> list[str]:
-        """The input that a client sends for each probe: prompt, text, and the suffix after texts with a prompt."""
+        """The string that a client sends for each probe: prompt, text, and the suffix that follows texts with a prompt."""
         return [probe.prompt + probe.text + self.base.spec.get_suffix(probe.prompt) for probe in self.probes]
 
     @property
@@ -129,7 +129,7 @@ def request_vectors(
     Raises:
         UserError: The server fails, refuses every input, or returns vectors of different widths.
     """
-    # Each input in a request of its own.
+    # Request each input separately.
     vectors: dict[int, np.ndarray] = {}
     refusals: dict[int, str] = {}
     for i, text in enumerate(inputs):
@@ -142,22 +142,30 @@ def request_vectors(
         raise UserError(f"{server.client.root}{server.path}: the server refuses every text ({refusals[0]}).")
     if len(widths := sorted({len(vector) for vector in vectors.values()})) > 1:
         raise UserError(f"{server.client.root}: vectors of different widths ({', '.join(map(str, widths))}). Check the server.")
-    alone, grouped, group_refusal = np.full((len(inputs), widths[0]), np.nan), np.full((len(inputs), widths[0]), np.nan), ""
-    alone[list(vectors)] = list(vectors.values())
-    # The accepted inputs again, several in a request.
+    single_vectors, group_vectors = (np.full((len(inputs), widths[0]), np.nan) for _ in range(2))
+    single_vectors[list(vectors)] = list(vectors.values())
+    # Request the accepted inputs again, several in a request.
+    group_refusal = ""
     try:
-        together = server.encode_in_groups([inputs[i] for i in vectors])
-        if together.shape[1] == widths[0]:
-            grouped[list(vectors)] = together
+        accepted_vectors = server.encode_in_groups([inputs[i] for i in vectors])
+        if accepted_vectors.shape[1] == widths[0]:
+            group_vectors[list(vectors)] = accepted_vectors
     except InputRefusedError as error:
         group_refusal = str(error)
-    return ServedVectors(alone, grouped, refusals, group_refusal)
+    return ServedVectors(single_vectors, group_vectors, refusals, group_refusal)
 
 
 def compare_with_probes(
     folder: VerifiedFolder, server: EmbeddingServer, served: ServedVectors, tolerance: float | None = None
 ) -> Verification:
-    """Compare the vectors of a server with probe.json. The weights of the folder are not needed."""
+    """Compare the vectors of a server with probe.json. The weights of the folder are not needed.
+
+    Args:
+        folder: The folder.
+        server: The server.
+        served: The vectors of the server for the inputs of the folder.
+        tolerance: Vectors with at least this cosine count as equal. Default: `MIN_COSINE`.
+    """
     width = served.vectors.shape[1]
     min_cosine = MIN_COSINE if tolerance is None else tolerance
     expected = np.stack([probe.vector for probe in folder.probes]).astype(np.float64)
@@ -191,8 +199,10 @@ def _find_length_errors(folder: VerifiedFolder, served: ServedVectors) -> list[s
 def _find_group_errors(served: ServedVectors, min_cosine: float) -> list[str]:
     if served.group_refusal:
         return [f"several texts in one request: refused, although each one alone is accepted ({served.group_refusal})."]
-    alone, grouped = (to_unit_vectors(vectors[served.indices]) for vectors in (served.vectors, served.grouped))
-    least = float(np.sum(alone * grouped, axis=1).min())
+    single_vectors, group_vectors = (
+        to_unit_vectors(vectors[served.indices]) for vectors in (served.vectors, served.group_vectors)
+    )
+    least = float(np.sum(single_vectors * group_vectors, axis=1).min())
     if least >= min_cosine:
         return []
     problem = f"several texts in one request: the vectors differ from those of single requests (least cosine {least:.6f})"
@@ -216,7 +226,7 @@ def diagnose_server(
         server: The server.
         served: Its vectors.
         result: Their comparison with probe.json.
-        dtype: Dtype of the server's computation. None: what the server reports, otherwise that of the folder's weights.
+        dtype: Dtype of the server's computation. Default: the one that it reports, otherwise that of the folder's weights.
         is_tolerance_set: Whether the user set `result.min_cosine`. Otherwise it follows from the dtype.
 
     Raises:
@@ -227,13 +237,13 @@ def diagnose_server(
         encoder = VariantEncoder(embedder, folder.probes, served.vectors.shape[1], server.dim)
         if not encoder.pools:
             raise _explain_width(folder, server, served)
-        short = encoder.select_short(served.indices)
+        short_indices = encoder.select_short(served.indices)
         if any(cosine is not None for cosine in result.cosines):
-            _check_probe_file(folder, encoder, short)
+            _check_probe_file(folder, encoder, short_indices)
         # A server that computes in half precision may differ more, and then nothing is left to explain.
         dtype = dtype or server.info.dtype or folder.dtype
         if dtype in HALF_DTYPES and not is_tolerance_set:
-            bound = min(MIN_COSINE, measure_half_precision(encoder, dtype, short))
+            bound = min(MIN_COSINE, measure_half_precision(encoder, dtype, short_indices))
             result = dataclasses.replace(result, min_cosine=bound)
             if result.are_vectors_equal:
                 return result
@@ -253,10 +263,10 @@ def _explain_width(folder: VerifiedFolder, server: EmbeddingServer, served: Serv
 
 
 def _check_probe_file(folder: VerifiedFolder, encoder: VariantEncoder, indices: Sequence[int]) -> None:
-    """Check that probe.json belongs to the weights."""
+    """Raise `UserError` if the vectors in probe.json are not those of the weights, on some texts."""
     expected = to_unit_vectors(np.stack([folder.probes[i].vector[: encoder.width] for i in indices]))
     least = float(np.sum(expected * encoder.encode_unchanged(indices), axis=1).min())
-    if least < MIN_OWN_COSINE.get(folder.dtype, MIN_OWN_COSINE["bfloat16"]):
+    if least < MIN_PROBE_FILE_COSINE.get(folder.dtype, MIN_PROBE_FILE_COSINE["bfloat16"]):
         raise UserError(
             f"{folder.path / PROBE_FILE}: does not belong to the weights of its folder (least cosine {least:.4f}). "
             "Export the model again."

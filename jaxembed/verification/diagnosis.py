@@ -37,17 +37,17 @@ from jaxembed.verification.variants import (
     list_transformer_variants,
 )
 
-TEXTS_PER_PROMPT, MAX_SHORT_TEXTS = 4, 24  # texts on which all variants are tried
+TEXTS_PER_PROMPT, MAX_SHORT_TEXTS = 4, 24  # short texts that all variants are tried on, per prompt and in total
 MAX_EXTENDED_MATCHES = 4  # variants that explain the short texts and are tried on the long ones
 HALF_DTYPES = ("float16", "bfloat16")
-# Allowed distance from the exact vectors, in multiples of that of our own computation in half precision. Export allows 1.5
-# times the difference of a component; 1 - cosine is half the squared distance.
+# The error (1 - cosine) that half precision explains, relative to that of our own computation in half precision. Export allows
+# 1.5 times the difference of a component, and 1 - cosine grows with the square of the difference.
 HALF_PRECISION_SLACK = 1.5**2
 
 
 @dataclasses.dataclass(frozen=True)
 class VariantMatch:
-    """A set of differences, and the least cosine between its vectors and those of the server."""
+    """A set of differences, and the least cosine between the vectors that it gives and those of the server."""
 
     changes: Changes
     cosine: float
@@ -69,7 +69,15 @@ class Diagnosis:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Candidate:
-    """A variant, and the cosines between its vectors and those of the server on some texts."""
+    """A variant, and the cosines between its vectors and those of the server on some texts.
+
+    Attributes:
+        transformer: Variant of the transformer.
+        tokens: Variant of the tokenization.
+        pool_index: Index of the variant of pooling and projection in `VariantEncoder.pools`.
+        changes: The differences of all three.
+        cosines: Cosine of each text, float64 [n].
+    """
 
     transformer: TransformerVariant
     tokens: TokenVariant
@@ -130,23 +138,26 @@ class VariantEncoder:
         return self._vectors[key]
 
     def encode_unchanged(self, indices: Sequence[int]) -> np.ndarray:
-        """Return the unit vectors of n texts without differences, float32 [n, W]."""
+        """Return the unit vectors of n texts under the folder's own model, float32 [n, W]."""
         return self.encode(self.transformers[0], self.tokenizations[0], indices)[:, 0]
 
     def encode_in_half_precision(self, dtype: str, indices: Sequence[int]) -> np.ndarray:
-        """Return the unit vectors of n texts, computed without differences in a dtype, float32 [n, W]."""
+        """Return the unit vectors of n texts under the folder's own model, computed in a dtype, float32 [n, W]."""
         key = dtype, tuple(indices)
         if key not in self._half_precision:
             program = self._compile(self.transformers[0], self.pools[:1], dtype)
             self._half_precision[key] = self._compute(program, self.tokenizations[0], indices)[:, 0]
         return self._half_precision[key]
 
-    def list_truncations(self, base: TokenVariant, indices: Sequence[int], server_lengths: Sequence[int]) -> list[TokenVariant]:
-        """Return a tokenization with other truncations of n texts (`iter_truncation_variants`)."""
-        key = base, int(self.input_lengths[list(indices)].max()), tuple(server_lengths)
+    def list_truncations(
+        self, tokens: TokenVariant, indices: Sequence[int], server_lengths: Sequence[int]
+    ) -> list[TokenVariant]:
+        """Return variants of a tokenization that truncate n texts differently (`iter_truncation_variants`)."""
+        longest_input = int(self.input_lengths[list(indices)].max())
+        key = tokens, longest_input, tuple(server_lengths)
         if key not in self._truncations:
             max_positions = self.embedder.model.transformer.max_positions
-            self._truncations[key] = list(iter_truncation_variants(base, key[1], max_positions, server_lengths))
+            self._truncations[key] = list(iter_truncation_variants(tokens, longest_input, max_positions, server_lengths))
         return self._truncations[key]
 
     def _compute(self, program: Apply, tokens: TokenVariant, indices: Sequence[int]) -> np.ndarray:
@@ -210,17 +221,17 @@ def diagnose(
 class _Search:
     """The search for the differences of one server. See `diagnose` for the arguments."""
 
-    def __init__(self, encoder: VariantEncoder, served: np.ndarray, indices: list[int], server_lengths: Sequence[int]):
-        self.encoder, self.served, self.indices, self.server_lengths = encoder, served, indices, server_lengths
-        self.short = encoder.select_short(indices)
+    def __init__(self, encoder: VariantEncoder, served_vectors: np.ndarray, indices: list[int], server_lengths: Sequence[int]):
+        self.encoder, self.served_vectors, self.indices, self.server_lengths = encoder, served_vectors, indices, server_lengths
+        self.short_indices = encoder.select_short(indices)
         self.candidates: list[_Candidate] = []
 
     def run(self, min_cosine: float) -> Diagnosis:
         """Search at the precision of float32, then at those of half precision."""
         matches = self._search(min_cosine)
-        if not matches and min_cosine > measure_half_precision(self.encoder, HALF_DTYPES[-1], self.short):
+        if not matches and min_cosine > measure_half_precision(self.encoder, HALF_DTYPES[-1], self.short_indices):
             for dtype in HALF_DTYPES:
-                bound = min(min_cosine, measure_half_precision(self.encoder, dtype, self.short))
+                bound = min(min_cosine, measure_half_precision(self.encoder, dtype, self.short_indices))
                 rounding = Change("dtype", f"{dtype} or a similar rounding", "float32")
                 if inexact_matches := self._extend(_select_fewest_changes(self.candidates, bound), bound):
                     matches = [dataclasses.replace(match, changes=(*match.changes, rounding)) for match in inexact_matches]
@@ -228,7 +239,7 @@ class _Search:
         return Diagnosis(matches, max(self.candidates, key=lambda candidate: candidate.cosine).to_match())
 
     def _search(self, min_cosine: float) -> list[VariantMatch]:
-        """Try single differences of a pass of the transformer, then truncations, then pairs."""
+        """Try transformers and tokenizations with one difference, then truncations, then those with several differences."""
         passes = list(itertools.product(self.encoder.transformers, self.encoder.tokenizations))
         self._try_passes([variant_pair for variant_pair in passes if _count_changes(variant_pair) <= 1])
         candidates = _select_fewest_changes(self.candidates, min_cosine)
@@ -236,47 +247,49 @@ class _Search:
             return self._extend(candidates, min_cosine)
         # Texts that one variant explains, and longer ones that it does not: the server may truncate even the short texts.
         best = max(self.candidates, key=lambda candidate: (candidate.count_equal(min_cosine), -len(candidate.changes)))
-        if 0 < best.count_equal(min_cosine) < len(self.short) and (matches := self._explain_failing(best, min_cosine)):
+        if 0 < best.count_equal(min_cosine) < len(self.short_indices) and (matches := self._explain_failing(best, min_cosine)):
             return matches
         self._try_passes([variant_pair for variant_pair in passes if _count_changes(variant_pair) > 1])
         return self._extend(_select_fewest_changes(self.candidates, min_cosine), min_cosine)
 
     def _try_passes(self, passes: Sequence[tuple[TransformerVariant, TokenVariant]]) -> None:
-        """Add a candidate for each pass and each variant of what follows it, with the cosines on short texts."""
+        """Add candidates with their cosines on short texts: each pass of the transformer with each pooling and projection."""
         for transformer, tokens in progress_bar(passes, unit="variants", leave=False):
-            vectors = self.encoder.encode(transformer, tokens, self.short)
-            cosines = np.einsum("npw,nw->pn", vectors, self.served[self.short])
+            vectors = self.encoder.encode(transformer, tokens, self.short_indices)
+            cosines = np.einsum("npw,nw->pn", vectors, self.served_vectors[self.short_indices])
             for p, pool in enumerate(self.encoder.pools):
                 changes = transformer.changes + tokens.changes + pool.changes
                 self.candidates.append(_Candidate(transformer, tokens, p, changes, cosines[p]))
 
     def _extend(self, candidates: Sequence[_Candidate], min_cosine: float) -> list[VariantMatch]:
         """Return the matches that explain all texts. If there are none, add differences on long texts to the first."""
-        extended = [self._measure(candidate, self.indices) for candidate in candidates[:MAX_EXTENDED_MATCHES]]
+        extended = [self._with_cosines(candidate, self.indices) for candidate in candidates[:MAX_EXTENDED_MATCHES]]
         complete = [candidate.to_match() for candidate in extended if candidate.cosine >= min_cosine]
         return complete or (self._explain_failing(extended[0], min_cosine) if extended else [])
 
-    def _explain_failing(self, base: _Candidate, min_cosine: float) -> list[VariantMatch]:
-        """Return variants of a candidate that explain all texts, given a candidate that explains only some of them."""
-        cosines = self._measure(base, self.indices).cosines
+    def _explain_failing(self, candidate: _Candidate, min_cosine: float) -> list[VariantMatch]:
+        """Return variants of a candidate that explain all texts. The candidate itself explains only some of them."""
+        cosines = self._with_cosines(candidate, self.indices).cosines
         failing = [i for i, cosine in zip(self.indices, cosines, strict=True) if cosine < min_cosine]
-        variants = [self._measure(other, failing[:1]) for other in self._iter_long_variants(base, failing)]
-        matches = [self._measure(other, self.indices) for other in variants if other.cosine >= min_cosine]
-        return [candidate.to_match() for candidate in _select_fewest_changes(matches, min_cosine)]
+        variants = [self._with_cosines(other, failing[:1]) for other in self._iter_long_variants(candidate, failing)]
+        matches = [self._with_cosines(other, self.indices) for other in variants if other.cosine >= min_cosine]
+        return [match.to_match() for match in _select_fewest_changes(matches, min_cosine)]
 
-    def _iter_long_variants(self, base: _Candidate, failing: Sequence[int]) -> Iterable[_Candidate]:
+    def _iter_long_variants(self, candidate: _Candidate, failing: Sequence[int]) -> Iterable[_Candidate]:
         """Yield variants of a candidate that may differ on long texts alone: truncation, windows, rotary positions."""
-        pool = self.encoder.pools[base.pool_index]
-        if not base.transformer.changes:
+        pool = self.encoder.pools[candidate.pool_index]
+        if not candidate.transformer.changes:
             for transformer in self.encoder.transformers[1:]:
-                yield dataclasses.replace(base, transformer=transformer, changes=transformer.changes + base.changes)
-        for tokens in self.encoder.list_truncations(base.tokens, failing, self.server_lengths):
-            yield dataclasses.replace(base, tokens=tokens, changes=base.transformer.changes + tokens.changes + pool.changes)
+                yield dataclasses.replace(candidate, transformer=transformer, changes=transformer.changes + candidate.changes)
+        for tokens in self.encoder.list_truncations(candidate.tokens, failing, self.server_lengths):
+            yield dataclasses.replace(
+                candidate, tokens=tokens, changes=candidate.transformer.changes + tokens.changes + pool.changes
+            )
 
-    def _measure(self, candidate: _Candidate, indices: Sequence[int]) -> _Candidate:
+    def _with_cosines(self, candidate: _Candidate, indices: Sequence[int]) -> _Candidate:
         """Return a candidate with its cosines on some texts."""
         vectors = self.encoder.encode(candidate.transformer, candidate.tokens, indices)[:, candidate.pool_index]
-        return dataclasses.replace(candidate, cosines=np.sum(vectors * self.served[list(indices)], axis=-1))
+        return dataclasses.replace(candidate, cosines=np.sum(vectors * self.served_vectors[list(indices)], axis=-1))
 
 
 def _count_changes(variant_pair: tuple[TransformerVariant, TokenVariant]) -> int:

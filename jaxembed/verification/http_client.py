@@ -21,20 +21,20 @@ log = logging.getLogger("jaxembed")
 
 KEY_VARIABLE = "OPENAI_API_KEY"  # environment variable of a server's key, by default
 BUSY_STATUSES = (429, 503)  # too many requests, and a model that is still being loaded
-KEY_STATUSES = (401, 403)
-MAX_BUSY_ATTEMPTS = 5  # of a request to a busy server
+KEY_STATUSES = (401, 403)  # the key is missing or wrong
+MAX_BUSY_ATTEMPTS = 5  # attempts of a request while the server is busy
 FIRST_BUSY_WAIT_S, MAX_WAIT_S = 1.0, 30.0  # the wait doubles, unless the server says how long
 MAX_ANSWER_BYTES = 2**28
-READ_BYTES = 2**16  # of an answer at a time
-MAX_QUOTED_CHARS = 300  # of an error of a server
-REACH_ADVICE = "Check that the server runs, and the host and port of the URL."
+READ_BYTES = 2**16  # bytes of an answer that are read at a time
+MAX_QUOTED_CHARS = 300  # characters of a server's error message in ours
+UNREACHABLE_ADVICE = "Check that the server runs, and the host and port of the URL."
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """Does not follow redirects, because they could send a key to another host."""
 
     def redirect_request(self, *args: Any) -> None:
-        """Refuse to follow."""
+        """Return no request, so that urllib raises `HTTPError` with the status of the redirect."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class HttpClient:
             log.info("%s: busy (status %d); retrying in %g s", answer.url, answer.status, seconds)
             time.sleep(seconds)
             wait_s *= 2
-        self._check(answer, headers)
+        self._raise_for_status(answer, headers)
         return answer
 
     def _send_once(self, path: str, body: bytes | None) -> tuple[HttpResponse, Mapping[str, str]]:
@@ -142,15 +142,15 @@ class HttpClient:
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
                 raise self._explain_timeout(url) from None
-            raise UserError(f"{url}: cannot be reached ({summarize(error.reason)}). {REACH_ADVICE}") from None
+            raise UserError(f"{url}: cannot be reached ({summarize(error.reason)}). {UNREACHABLE_ADVICE}") from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             detail = summarize(error) or type(error).__name__
-            raise UserError(f"{url}: the request failed ({detail}). {REACH_ADVICE}") from None
+            raise UserError(f"{url}: the request failed ({detail}). {UNREACHABLE_ADVICE}") from None
 
     def _explain_timeout(self, url: str) -> UserError:
         return UserError(f"{url}: no answer within {self.timeout_s:g} s. Check the server, or raise --timeout.")
 
-    def _check(self, answer: HttpResponse, headers: Mapping[str, str]) -> None:
+    def _raise_for_status(self, answer: HttpResponse, headers: Mapping[str, str]) -> None:
         """Raise `UserError` for an answer that a retry would not change."""
         if answer.status in KEY_STATUSES:
             state = "does not accept the key in" if self.key else "needs a key, which is read from"

@@ -14,12 +14,12 @@ import numpy as np
 from jaxembed.errors import UserError
 from jaxembed.verification.http_client import HttpClient, HttpResponse
 
-# Statuses with which servers refuse an input. vLLM, TEI and Ollama: 400, 413 or 422; llama.cpp: 500 with one of the phrases.
+# HTTP statuses of a refused input (vLLM, TEI and Ollama). llama.cpp answers 500, with one of the phrases in its message.
 REFUSAL_STATUSES = (400, 413, 422)
-LLAMA_CPP_REFUSALS = ("too large to process", "larger than the max context size", "exceeds the available context size")
+LLAMA_CPP_REFUSAL_PHRASES = ("too large to process", "larger than the max context size", "exceeds the available context size")
 MAX_TEXTS_PER_REQUEST = 16  # TEI takes 32 by default
 MAX_LISTED_MODELS = 10
-MAX_NUMBER = 1e30  # of a vector: its square has to be finite in float64, and its rounding in float32
+MAX_COMPONENT = 1e30  # magnitude of a component: it must be finite in float32, and its square in float64
 
 
 class InputRefusedError(Exception):
@@ -181,13 +181,13 @@ class EmbeddingServer:
     dim: int | None = None
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the vectors of texts of one request, float64 [N, W].
+        """Request the vectors of N texts in one request, float64 [N, W].
 
         Raises:
             UserError: The server cannot be reached, fails, or its answer is not one vector of finite numbers per text.
             InputRefusedError: The server refuses these texts.
         """
-        answer = self.client.post(self.path, self._build_request(texts))
+        answer = self.client.post(self.path, self.build_request(texts))
         _check_answer(answer, self)
         try:
             items = APIS[self.api_name].read_items(answer.content)
@@ -199,11 +199,12 @@ class EmbeddingServer:
         return _parse_vectors(items, len(texts), answer.url)
 
     def encode_in_groups(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the vectors of texts, `MAX_TEXTS_PER_REQUEST` in each request, float64 [N, W]. Raises as `encode` does."""
+        """Request the vectors of N texts, `MAX_TEXTS_PER_REQUEST` per request, float64 [N, W]. Raises as `encode` does."""
         starts = range(0, len(texts), MAX_TEXTS_PER_REQUEST)
         return np.concatenate([self.encode(texts[start : start + MAX_TEXTS_PER_REQUEST]) for start in starts])
 
-    def _build_request(self, texts: Sequence[str]) -> dict[str, Any]:
+    def build_request(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Return the JSON body of a request for the vectors of texts."""
         api = APIS[self.api_name]
         model = {"model": self.model} if api.takes_model and self.model else {}
         truncation = VLLM_TRUNCATION if self.info.program == "vLLM" or self.api_name == "vllm" else {}
@@ -253,7 +254,7 @@ def _strip_api_path(root: str) -> str:
 
 def _has_path(server: EmbeddingServer) -> bool:
     """Return whether the path of a server's API exists. Status 405 means that it exists for another method only."""
-    answer = server.client.post(server.path, server._build_request(["text"]))
+    answer = server.client.post(server.path, server.build_request(["text"]))
     return answer.status not in (404, 405) or _names_missing_model(answer)
 
 
@@ -280,7 +281,7 @@ def _check_answer(answer: HttpResponse, server: EmbeddingServer) -> None:
             f"{answer.url}: the server has no model {server.model!r} (it lists {_list_models(server.info)}; status 404: "
             f"{message}). Name one with --model."
         )
-    if answer.status in REFUSAL_STATUSES or any(phrase in message for phrase in LLAMA_CPP_REFUSALS):
+    if answer.status in REFUSAL_STATUSES or any(phrase in message for phrase in LLAMA_CPP_REFUSAL_PHRASES):
         raise InputRefusedError(f"status {answer.status}: {message}")
     raise UserError(f"{answer.url}: the server failed (status {answer.status}: {message}). Check its log.")
 
@@ -294,21 +295,21 @@ def _parse_vectors(items: list[Any], count: int, url: str) -> np.ndarray:
     if len(items) != count:
         raise UserError(f"{url}: {len(items)} vectors for {count} texts. Check that the server embeds texts.")
     for index, item in enumerate(items):
-        if problem := _find_problem(item, items[0]):
+        if problem := _describe_vector_problem(item, items[0]):
             raise UserError(f"{url}: the vector of text {index} of the request {problem}")
     return np.array(items, np.float64)
 
 
-def _find_problem(item: Any, first: Any) -> str:
-    """Return what is wrong with a vector and what to do, or an empty string."""
-    if isinstance(item, list) and item and isinstance(item[0], list):
-        return f"is {len(item)} vectors, one per token. Start the server with pooling."
-    if not isinstance(item, list) or not item:
-        return f"is {str(item)[:40]!r} (expected a list of numbers). Choose another --api."
-    if any(number is not None and type(number) not in (int, float) for number in item):
+def _describe_vector_problem(vector: Any, first_vector: Any) -> str:
+    """Return what is wrong with a vector and what to do, or an empty string. All must be as wide as the first one."""
+    if isinstance(vector, list) and vector and isinstance(vector[0], list):
+        return f"is {len(vector)} vectors, one per token. Start the server with pooling."
+    if not isinstance(vector, list) or not vector:
+        return f"is {str(vector)[:40]!r} (expected a list of numbers). Choose another --api."
+    if any(number is not None and type(number) not in (int, float) for number in vector):
         return "has entries that are not numbers. Choose another --api."
-    if not all(number is not None and abs(number) < MAX_NUMBER for number in item):
+    if not all(number is not None and abs(number) < MAX_COMPONENT for number in vector):
         return "has numbers that are not finite (NaN or infinity). Use another dtype or device in the server."
-    if len(item) != len(first):
-        return f"has {len(item)} dimensions, but that of text 0 has {len(first)}. Check the server."
+    if len(vector) != len(first_vector):
+        return f"has {len(vector)} dimensions, but that of text 0 has {len(first_vector)}. Check the server."
     return ""

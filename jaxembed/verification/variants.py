@@ -31,7 +31,7 @@ DEFAULT_ROPE_THETA = 10_000.0
 COMMON_LENGTHS = (16, 32, 64, 100, 128, 200, 256, 300, 384, 500, 512, 768, 1000, 1024, 2000, 2048, 4000, 4096, 8000, 8192)
 MAX_LENGTH_RATIO = 4  # longer common lengths, relative to the model's own, are not tried
 MAX_ADDED_PROMPTS = 3
-COUNT_NAMES = ("none", "one", "two")
+COUNT_NAMES = ("none", "one", "two")  # words for the number of BOS or EOS tokens of a text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,11 +188,11 @@ def _iter_special_token_variants(unchanged: TokenVariant) -> Iterator[TokenVaria
     tokenizer, spec = unchanged.tokenizer.hf_tokenizer, unchanged.tokenizer.spec
     bos, eos = find_start_token(tokenizer), find_end_token(tokenizer)
     own_counts = int(starts_with_bos(tokenizer)), int(ends_with_eos(tokenizer))
-    possible = [
+    counts_by_token = [
         [own_count, *({0, 1, own_count + 1} - {own_count})] if token is not None else [0]
         for token, own_count in zip((bos, eos), own_counts, strict=True)
     ]
-    for counts in itertools.product(*possible):
+    for counts in itertools.product(*counts_by_token):
         if counts == own_counts:
             continue
         changes = tuple(
@@ -232,17 +232,17 @@ def _add_prompt(added_prompt: str, prompt: str, text: str) -> tuple[str, str]:
 
 
 def iter_truncation_variants(
-    base: TokenVariant, longest_input: int, max_positions: int, server_lengths: Sequence[int]
+    tokens: TokenVariant, longest_input: int, max_positions: int, server_lengths: Sequence[int]
 ) -> Iterator[TokenVariant]:
-    """Yield a tokenization with other truncations: at another length, without EOS, at the start, or none.
+    """Yield variants of a tokenization that truncate at another length, cut off EOS, truncate at the start, or do not truncate.
 
     Args:
-        base: The tokenization.
+        tokens: The tokenization to vary.
         longest_input: Tokens of the longest input.
         max_positions: Longest input of the transformer in tokens.
         server_lengths: Limits that the server reports.
     """
-    tokenizer, spec = base.tokenizer.hf_tokenizer, base.tokenizer.spec
+    tokenizer, spec = tokens.tokenizer.hf_tokenizer, tokens.tokenizer.spec
     own_length, special_tokens, has_eos = spec.max_length, tokenizer.num_special_tokens_to_add(), ends_with_eos(tokenizer)
     # The lengths to try. Servers may count special tokens differently, so limits are tried with small offsets.
     near_lengths = [length + offset for length in (own_length, *server_lengths) for offset in (0, -1, 1, -2, 2)]
@@ -253,7 +253,7 @@ def iter_truncation_variants(
 
     def vary(served: str, changed_tokenizer: TextTokenizer) -> TokenVariant:
         change = Change("truncation", served, f"to the first {own_length} tokens" + ", EOS included" * has_eos)
-        return TokenVariant((*base.changes, change), changed_tokenizer, base.rewrite)
+        return TokenVariant((*tokens.changes, change), changed_tokenizer, tokens.rewrite)
 
     for length in lengths:
         at_length = spec.replace(max_length=length)

@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from helpers.held_out import TOPICS, WORDS, encode_words, make_labeled_texts, make_scored_pairs
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.evaluation.comparison import compare_tasks
-from jaxembed.evaluation.mteb_items import NO_ITEMS
+from jaxembed.evaluation.mteb_items import NO_ITEMS_REASON
 from jaxembed.evaluation.mteb_tasks import MtebTask
 from jaxembed.evaluation.task_encoder import TaskEncoder
 
@@ -114,9 +114,9 @@ def test_a_task_without_items_has_no_interval(monkeypatch: pytest.MonkeyPatch) -
     task = MtebTask(make_tasks()["Summarization"])
     monkeypatch.setattr(task.task, "_save_task_predictions", lambda *_, **__: None)
     found = task.score_items(make_encoder())
-    assert found.missing_reason == NO_ITEMS and not found.parts
+    assert found.missing_reason == NO_ITEMS_REASON and not found.parts
     comparison = compare_tasks({task.name: found}, {task.name: found}, ("a", "b"))
-    assert comparison["differences"][task.name]["no_interval"] == NO_ITEMS
+    assert comparison["differences"][task.name]["no_interval"] == NO_ITEMS_REASON
     assert comparison["conclusion"].endswith(f"Without an interval: {task.name}.") and "mean" not in comparison
 
 

@@ -40,7 +40,7 @@ class CountingEncoder:
 
 
 def make_encoder(tmp_path: Path, widths: tuple[int, ...] = (), memory_bytes: int = 2**30) -> TaskEncoder:
-    cache = VectorCache(tmp_path / "vectors", "1", WIDTH, memory_bytes, keeps_all=len(widths) > 1)
+    cache = VectorCache(tmp_path / "vectors", "1", WIDTH, memory_bytes, keeps_arrays=len(widths) > 1)
     encoder = TaskEncoder(CountingEncoder(), EmbeddingSpec(), "model", "1", width=WIDTH, widths=widths)
     encoder.cache = cache
     return encoder
@@ -159,7 +159,7 @@ def test_vectors_beyond_the_memory_limit_are_on_disk_and_survive_a_kill(tmp_path
         yield vectors[:6]
         yield vectors[6:]
 
-    cache = VectorCache(tmp_path / "vectors", "1", WIDTH, memory_bytes=100, keeps_all=False)
+    cache = VectorCache(tmp_path / "vectors", "1", WIDTH, memory_bytes=100, keeps_arrays=False)
     first = cache.fetch(texts, "p", encode)
     np.testing.assert_array_equal(first, vectors)
     assert isinstance(first.base, np.memmap) and len(list((tmp_path / "vectors").glob("*.npy"))) == 1
@@ -167,7 +167,7 @@ def test_vectors_beyond_the_memory_limit_are_on_disk_and_survive_a_kill(tmp_path
     def fail() -> Iterator[np.ndarray]:
         pytest.fail("encoded again")
 
-    again = VectorCache(tmp_path / "vectors", "1", WIDTH, memory_bytes=100, keeps_all=False)
+    again = VectorCache(tmp_path / "vectors", "1", WIDTH, memory_bytes=100, keeps_arrays=False)
     np.testing.assert_array_equal(again.fetch(texts, "p", fail), vectors)
     for other in (
         VectorCache(tmp_path / "vectors", "2", WIDTH, 100, False).fetch(texts, "p", encode),
@@ -181,7 +181,7 @@ def test_vectors_beyond_the_memory_limit_are_on_disk_and_survive_a_kill(tmp_path
 
 def test_vectors_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    cache = VectorCache(tmp_path / "file" / "vectors", "1", WIDTH, memory_bytes=0, keeps_all=False)
+    cache = VectorCache(tmp_path / "file" / "vectors", "1", WIDTH, memory_bytes=0, keeps_arrays=False)
     with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)\. Free space"):
         cache.fetch(["a"], "", lambda: iter([np.zeros((1, WIDTH), np.float32)]))
 

@@ -21,7 +21,7 @@ from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import Stopped, UserError
 from jaxembed.evaluation import evaluate as evaluation
 from jaxembed.evaluation.bootstrap import CONFIDENCE
-from jaxembed.evaluation.comparison import VERDICTS, conclude
+from jaxembed.evaluation.comparison import VERDICTS, describe_conclusion
 from jaxembed.evaluation.heldout import open_held_out_sets, score_set
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.user_data import UserTask, name_tasks, open_tasks
@@ -154,8 +154,8 @@ def test_models_are_compared_on_the_same_items(folder: Path, caplog: pytest.LogC
 def test_a_comparison_names_the_tasks_of_every_verdict() -> None:
     differences = {task: {"verdict": verdict} for task, verdict in zip("abc", VERDICTS, strict=True)}
     expected = "new is better than old on a, and worse on b. No difference is shown on c."
-    assert conclude(("new", "old"), differences) == expected
-    assert conclude(("new", "old"), {"c": differences["c"]}) == "No difference between new and old is shown."
+    assert describe_conclusion(("new", "old"), differences) == expected
+    assert describe_conclusion(("new", "old"), {"c": differences["c"]}) == "No difference between new and old is shown."
 
 
 def test_equal_models_show_no_difference(folder: Path) -> None:
