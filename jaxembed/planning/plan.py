@@ -21,9 +21,9 @@ from jaxembed.devices.mesh import make_mesh
 from jaxembed.devices.placement import compute_batch_shapes
 from jaxembed.errors import UserError
 from jaxembed.model.embedder import EmbeddingModel
-from jaxembed.planning.mined import add_stand_in_negatives
 from jaxembed.planning.program import OutOfMemoryError, Program, compile_loss, compile_step, count_bytes, count_elements
 from jaxembed.planning.proposal import Proposal, make_step_sizes, propose
+from jaxembed.planning.stand_in_negatives import add_stand_in_negatives
 from jaxembed.planning.topology import list_topology_devices
 from jaxembed.training.stage import Stage
 from jaxembed.training.state import compute_state_shapes

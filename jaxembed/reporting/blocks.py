@@ -18,10 +18,10 @@ class Table:
 
     Attributes:
         columns: Titles of the columns. The first column has texts.
-        rows: The cells.
+        rows: The cells of each row, formatted.
         text_columns: Number of the leading columns that hold texts; the others hold numbers.
         caption: Caption below the table.
-        groups: Indices of the header rows of groups.
+        groups: Indices of the rows that head a group of rows.
         best: (row, column) of cells that are emphasized.
     """
 
@@ -49,17 +49,17 @@ class ReportSection:
         id: Its HTML id, which links refer to.
         title: Its title.
         intro: Text below the title.
-        figures: Headline figures: label, value, and detail.
+        headline_numbers: The most important numbers: label, value, and detail of each.
         charts: Its charts.
         tables: Its tables, below the charts.
         collapsibles: Its collapsed texts, at the end.
-        neighbors: Sets whose queries and neighbors can be browsed.
+        neighbors: Objects for the browser of neighbors, one per set of queries (`make_neighbor_section`).
     """
 
     id: str
     title: str
     intro: str = ""
-    figures: Sequence[tuple[str, str, str]] = ()
+    headline_numbers: Sequence[tuple[str, str, str]] = ()
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
     collapsibles: Sequence[Collapsible] = ()
@@ -68,7 +68,7 @@ class ReportSection:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to show."""
-        return not (self.figures or self.charts or self.tables or self.collapsibles or self.neighbors)
+        return not (self.headline_numbers or self.charts or self.tables or self.collapsibles or self.neighbors)
 
 
 def format_number(value: float | None, digits: int = 4) -> str:

@@ -13,12 +13,12 @@ from typing import Any
 import altair as alt
 
 ChartValues = Sequence[Mapping[str, Any]]
-TABLE = alt.NamedData("table")
-HEIGHT = 220
+CHART_DATA = alt.NamedData("table")
+CHART_HEIGHT_PX = 220
 MAX_LINE_POINTS = 600  # points of a line; more are averaged
-BASELINE_DASH = [5, 4]
-ROW_HEIGHT = 18
-MAX_COLUMN_CHARS = 22  # longest name in a legend of two columns
+BASELINE_DASH_PX = [5, 4]
+ROW_HEIGHT_PX = 18
+MAX_TWO_COLUMN_CHARS = 22  # characters of the longest name in a legend of two columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Chart:
     is_wide: bool = False
 
 
-def _finish(chart: alt.TopLevelMixin, values: ChartValues) -> dict[str, Any]:
+def _build_spec(chart: alt.TopLevelMixin, values: ChartValues) -> dict[str, Any]:
     """Return the specification of a chart with its data, and without Altair's own theme."""
     spec = chart.to_dict()
     del spec["config"]
     spec.pop("$schema")
-    return {**spec, "datasets": {TABLE.name: list(values)}}
+    return {**spec, "datasets": {CHART_DATA.name: list(values)}}
 
 
 def _make_color(field: str, values: ChartValues) -> alt.Color:
     """Return colors for the distinct values of a field, in their order, with a legend if there are several."""
     names = list(dict.fromkeys(row[field] for row in values))
-    columns = 2 if max(map(len, names), default=0) <= MAX_COLUMN_CHARS else 1  # a phone has room for two short names
+    columns = 2 if max(map(len, names), default=0) <= MAX_TWO_COLUMN_CHARS else 1  # a phone has room for two short names
     legend = alt.Legend(title=None, orient="top", columns=columns, labelLimit=320) if len(names) > 1 else None
     return alt.Color(f"{field}:N", sort=None, scale=alt.Scale(domain=names), legend=legend)
 
@@ -81,12 +81,12 @@ def draw_lines(
     hover = alt.selection_point(
         name="hover", on="pointerover", clear="pointerout", nearest=True, fields=["x", "series"], empty=False
     )
-    base = alt.Chart(TABLE).encode(
+    base = alt.Chart(CHART_DATA).encode(
         x=alt.X("x:Q", title=x_title, axis=alt.Axis(tickMinStep=1, format="~s", grid=False), scale=alt.Scale(nice=False)),
         y=alt.Y("value:Q", title=y_title, scale=alt.Scale(zero=starts_at_zero), axis=alt.Axis(tickCount=5)),
         color=_make_color("series", rows),
     )
-    dash = alt.condition("datum.baseline", alt.value(BASELINE_DASH), alt.value([1, 0]))
+    dash = alt.condition("datum.baseline", alt.value(BASELINE_DASH_PX), alt.value([1, 0]))
     lines = base.mark_line(strokeWidth=2, clip=True).encode(strokeDash=dash, detail="baseline:N")
     points = base.mark_circle(size=60).encode(
         opacity=alt.value(1) if with_points else alt.condition(hover, alt.value(1), alt.value(0)),
@@ -96,8 +96,8 @@ def draw_lines(
             alt.Tooltip("value:Q", title=y_title, format=".4~g"),
         ],
     )
-    layers = alt.layer(lines, points.add_params(hover)).properties(width="container", height=HEIGHT)
-    return Chart(title, _finish(layers, rows), note)
+    layers = alt.layer(lines, points.add_params(hover)).properties(width="container", height=CHART_HEIGHT_PX)
+    return Chart(title, _build_spec(layers, rows), note)
 
 
 def average_points(values: ChartValues) -> list[dict[str, Any]]:
@@ -107,10 +107,10 @@ def average_points(values: ChartValues) -> list[dict[str, Any]]:
         series.setdefault(row["series"], []).append(row)
     means = []
     for rows in series.values():
-        size = -(-len(rows) // MAX_LINE_POINTS)
-        for start in range(0, len(rows), size):
-            block = [row for row in rows[start : start + size] if row["value"] is not None]
-            last = rows[min(start + size, len(rows)) - 1]
+        block_size = -(-len(rows) // MAX_LINE_POINTS)
+        for start in range(0, len(rows), block_size):
+            block = [row for row in rows[start : start + block_size] if row["value"] is not None]
+            last = rows[min(start + block_size, len(rows)) - 1]
             mean = sum(row["value"] for row in block) / len(block) if block else None
             means.append({**last, "value": mean})
     return means
@@ -119,7 +119,7 @@ def average_points(values: ChartValues) -> list[dict[str, Any]]:
 def draw_histogram(title: str, values: ChartValues, x_title: str, y_title: str, note: str = "") -> Chart:
     """Draw overlaid histograms, one per `kind`: `share` is the height of the bin from `start` to `end`."""
     base = (
-        alt.Chart(TABLE)
+        alt.Chart(CHART_DATA)
         .mark_bar(opacity=0.55, binSpacing=0)
         .encode(
             x=alt.X("start:Q", bin="binned", title=x_title, axis=alt.Axis(tickCount=6, grid=False)),
@@ -134,13 +134,13 @@ def draw_histogram(title: str, values: ChartValues, x_title: str, y_title: str, 
             ],
         )
     )
-    return Chart(title, _finish(base.properties(width="container", height=HEIGHT), values), note)
+    return Chart(title, _build_spec(base.properties(width="container", height=CHART_HEIGHT_PX), values), note)
 
 
 def draw_bars(title: str, values: ChartValues, x_title: str, note: str = "") -> Chart:
     """Draw horizontal bars of `share`, one per `name`, colored by `group`, in the order of the rows."""
     chart = (
-        alt.Chart(TABLE)
+        alt.Chart(CHART_DATA)
         .mark_bar(cornerRadiusEnd=2)
         .encode(
             x=alt.X("share:Q", title=x_title, axis=alt.Axis(tickCount=5, format="~%", grid=True)),
@@ -155,14 +155,14 @@ def draw_bars(title: str, values: ChartValues, x_title: str, note: str = "") -> 
         )
     )
     bars = len({(row["name"], row["group"]) for row in values})
-    return Chart(title, _finish(chart.properties(width="container", height=max(bars * ROW_HEIGHT, 60)), values), note)
+    return Chart(title, _build_spec(chart.properties(width="container", height=max(bars * ROW_HEIGHT_PX, 60)), values), note)
 
 
 def draw_points(title: str, values: ChartValues, note: str = "") -> Chart:
     """Draw a map of texts: points at `x`, `y`, colored by `source`. A click shows the text below the chart."""
     axis = alt.Axis(title=None, labels=False, ticks=False, domain=False, grid=False)
     chart = (
-        alt.Chart(TABLE)
+        alt.Chart(CHART_DATA)
         .mark_circle(size=36, opacity=0.65)
         .encode(
             x=alt.X("x:Q", axis=axis, scale=alt.Scale(zero=False)),
@@ -171,12 +171,12 @@ def draw_points(title: str, values: ChartValues, note: str = "") -> Chart:
             tooltip=[alt.Tooltip("source:N"), alt.Tooltip("text:N")],
         )
     )
-    return Chart(title, _finish(chart.properties(width="container", height=420), values), note, is_wide=True)
+    return Chart(title, _build_spec(chart.properties(width="container", height=420), values), note, is_wide=True)
 
 
 def draw_heat_map(title: str, values: ChartValues, note: str = "") -> Chart:
     """Draw cells of `weight`: a `row` for each text, grouped by source, and a `column` for each pair of head and latent."""
-    chart = alt.Chart(TABLE).mark_rect(stroke=None).encode(
+    chart = alt.Chart(CHART_DATA).mark_rect(stroke=None).encode(
         x=alt.X("column:O", axis=alt.Axis(title="head and latent", labels=False, ticks=False, grid=False)),
         y=alt.Y("row:O", sort=None, axis=alt.Axis(title="text", grid=False, ticks=False)),
         color=alt.Color("weight:Q", legend=alt.Legend(title="weight", orient="top", format=".3~g", gradientLength=160)),
@@ -185,5 +185,5 @@ def draw_heat_map(title: str, values: ChartValues, note: str = "") -> Chart:
             alt.Tooltip("weight:Q", format=".4~g"),
         ],
     )  # fmt: skip
-    height = len({row["row"] for row in values}) * ROW_HEIGHT
-    return Chart(title, _finish(chart.properties(width="container", height=height), values), note, is_wide=True)
+    height = len({row["row"] for row in values}) * ROW_HEIGHT_PX
+    return Chart(title, _build_spec(chart.properties(width="container", height=height), values), note, is_wide=True)

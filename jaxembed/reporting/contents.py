@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 
 from jaxembed.reporting.blocks import ReportSection
 from jaxembed.reporting.inputs import ReportedModel
-from jaxembed.reporting.model_figures import read_model_figures
 from jaxembed.reporting.model_sections import (
     make_latent_section,
     make_map_section,
@@ -16,6 +15,7 @@ from jaxembed.reporting.model_sections import (
     make_similarity_section,
     view_run,
 )
+from jaxembed.reporting.model_size import read_model_size
 from jaxembed.reporting.score_sections import (
     make_benchmark_section,
     make_comparison_section,
@@ -45,9 +45,9 @@ def make_sections(
     Raises:
         UserError: `baseline` names no model, or a model or held-out set cannot be read.
     """
-    figures = {model.name: read_model_figures(model.path) for model in models}
+    sizes = {model.name: read_model_size(model.path) for model in models}
     runs = [model.run for model in models if model.run]
-    sections = [make_summary_section(models, figures, baseline)]
+    sections = [make_summary_section(models, sizes, baseline)]
     if runs:
         sections += [make_training_section(runs), make_held_out_section(runs)]
     sections += [

@@ -15,30 +15,30 @@ from jaxembed.hub.embedder import Embedder
 
 log = logging.getLogger("jaxembed")
 
-SAMPLE_SEED = 0  # of the samples, so that two reports of a run show the same ones
+SAMPLE_SEED = 0  # two reports of a run show the same samples
 MAX_SET_QUERIES = 256  # queries of a set that are searched
 MAX_DOCUMENTS = 4096  # documents of a set that are searched
 MAX_LISTED_QUERIES = 48  # queries of a set whose neighbors are listed
 MAX_LISTED_NEIGHBORS = 10  # documents that are listed for a query
 NEGATIVES_PER_QUERY = 5  # hard negatives, and random negatives, of a query in the histograms
 MAX_MAP_TEXTS = 1200  # texts on the map
-MAX_SETS = 4  # sets whose neighbors are listed
+MAX_VIEWED_SETS = 4  # held-out sets of a run that are encoded
 MAX_LABELS = 7  # labels of a set with their own color on the map
-MAX_CHARS = 500  # characters of a listed text
+MAX_LISTED_CHARS = 500  # characters of a listed text
 MAX_POINT_CHARS = 240  # characters of a text on the map
 HISTOGRAM_BINS = 40
-LATENT_TEXTS = 10  # texts of each of the two sources of the heat map
+LATENT_TEXTS = 10  # texts of each of the two groups of the heat map
 MAX_LATENT_COLUMNS = 160  # pairs of head and latent that the heat map shows
 
 POSITIVES, HARD_NEGATIVES, RANDOM_NEGATIVES = "positives", "hard negatives", "random negatives"
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodedSource:
-    """Texts of one role in a held-out set, with their vectors.
+class EncodedTexts:
+    """Texts of one role or label in a held-out set, with their vectors.
 
     Attributes:
-        name: Name of the set and of the role.
+        name: Name of the set, and of the role or label.
         texts: The texts.
         vectors: Their unit vectors, [N, D].
         instruction: The instruction they were encoded with.
@@ -57,7 +57,7 @@ class SetView:
     Attributes:
         name: Name of the set.
         note: How the texts were chosen.
-        sources: The encoded texts, by role.
+        text_groups: The encoded texts, one group per role or label.
         similarities: Cosines by kind of pair.
         queries: Queries with their neighbors; empty for sets of sentence pairs.
         documents: The texts that `queries` refer to, by their index.
@@ -65,14 +65,14 @@ class SetView:
 
     name: str
     note: str
-    sources: Sequence[EncodedSource]
+    text_groups: Sequence[EncodedTexts]
     similarities: Mapping[str, np.ndarray]
     queries: Sequence[Mapping[str, Any]] = ()
     documents: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 def view_set(held_out: HeldOutSet, embedder: Embedder) -> SetView | None:
-    """Encode a sample of a held-out set, and return its view, or None for another kind of set."""
+    """Encode a sample of a held-out set, and return its view. None: a report has no view of this kind of set."""
     if isinstance(held_out, RetrievalSet):
         return _view_retrieval(held_out, embedder)
     if isinstance(held_out, SimilaritySet):
@@ -108,13 +108,13 @@ def _view_retrieval(held_out: RetrievalSet, embedder: Embedder) -> SetView:
     return SetView(
         name=config.name,
         note=f"{len(queries):,} of {len(held_out.queries):,} queries, {len(documents):,} of {len(held_out.corpus):,} documents",
-        sources=[
-            EncodedSource(f"{config.name}: queries", queries, query_vectors, config.instruction),
-            EncodedSource(f"{config.name}: documents", documents, document_vectors, config.document_instruction),
+        text_groups=[
+            EncodedTexts(f"{config.name}: queries", queries, query_vectors, config.instruction),
+            EncodedTexts(f"{config.name}: documents", documents, document_vectors, config.document_instruction),
         ],
         similarities=compare_pairs(scores, is_relevant, order, rng),
         queries=query_views,
-        documents={column: truncate(documents[column], MAX_CHARS) for column in sorted(neighbor_columns)},
+        documents={column: truncate(documents[column], MAX_LISTED_CHARS) for column in sorted(neighbor_columns)},
     )
 
 
@@ -129,7 +129,7 @@ def describe_query(
         query: Text of the query.
         scores: Cosine of every document.
         is_relevant: Whether each document is relevant, bool [N].
-        order: The documents, best first.
+        order: Indices of the documents, best first.
     """
     rank = int(np.flatnonzero(is_relevant[order])[0]) + 1
     ranks = [*range(1, min(MAX_LISTED_NEIGHBORS, len(order)) + 1)]
@@ -137,13 +137,20 @@ def describe_query(
         {"document": int(d := order[r - 1]), "rank": r, "score": round(float(scores[d]), 4), "relevant": bool(is_relevant[d])}
         for r in (ranks if rank in ranks else [*ranks, rank])
     ]
-    return {"text": truncate(query, MAX_CHARS), "rank": rank, "neighbors": neighbors}
+    return {"text": truncate(query, MAX_LISTED_CHARS), "rank": rank, "neighbors": neighbors}
 
 
 def compare_pairs(
     scores: Float[np.ndarray, "q n"], is_relevant: Any, order: Int[np.ndarray, "q n"], rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Return the cosines of queries with relevant documents, the nearest other documents, and random other ones."""
+    """Return the cosines of queries with relevant documents, with the nearest other ones, and with random other ones.
+
+    Args:
+        scores: Cosine of every query and document.
+        is_relevant: Whether each document is relevant to each query, bool [Q, N].
+        order: Indices of the documents of each query, best first.
+        rng: Draws the random documents.
+    """
     hard, random = [], []
     for row, relevant, ranking in zip(scores, is_relevant, order, strict=True):
         irrelevant = ranking[~relevant[ranking]]
@@ -157,18 +164,20 @@ def _view_similarity(held_out: SimilaritySet, embedder: Embedder) -> SetView:
     rng, config = np.random.default_rng(SAMPLE_SEED), held_out.config
     rows = sample(range(len(held_out.first)), MAX_DOCUMENTS // 2, rng)
     first, second = ([side[i] for i in rows] for side in (held_out.first, held_out.second))
-    a, b = (embedder.encode(texts, config.instruction) for texts in (first, second))
-    cosines, grades = np.sum(a * b, axis=1), held_out.scores[rows]
+    first_vectors, second_vectors = (embedder.encode(texts, config.instruction) for texts in (first, second))
+    cosines, grades = np.sum(first_vectors * second_vectors, axis=1), held_out.scores[rows]
     middle = (grades.min() + grades.max()) / 2
     kinds = {
         f"pairs with a score above {middle:g}": cosines[grades > middle],
         f"pairs with a score up to {middle:g}": cosines[grades <= middle],
-        "random pairs": np.sum(a * np.roll(b, 1, axis=0), axis=1),
+        "random pairs": np.sum(first_vectors * np.roll(second_vectors, 1, axis=0), axis=1),
     }
     return SetView(
         name=config.name,
         note=f"{len(rows):,} of {len(held_out.first):,} pairs",
-        sources=[EncodedSource(config.name, [*first, *second], np.concatenate([a, b]), config.instruction)],
+        text_groups=[
+            EncodedTexts(config.name, [*first, *second], np.concatenate([first_vectors, second_vectors]), config.instruction)
+        ],
         similarities={kind: values for kind, values in kinds.items() if len(values)},
     )
 
@@ -178,7 +187,7 @@ def _view_labels(held_out: ClassificationSet | ClusteringSet, embedder: Embedder
     rows = sample(range(len(held_out.texts)), MAX_MAP_TEXTS, rng)
     texts, labels = [held_out.texts[i] for i in rows], held_out.labels[rows]
     vectors = embedder.encode(texts, config.instruction)
-    # One source for each of the most frequent labels, and one for the others.
+    # One group of texts for each of the most frequent labels, and one for the others.
     names, counts = np.unique(labels, return_counts=True)
     shown_labels = names[np.argsort(-counts, kind="stable")[:MAX_LABELS]]
     groups = {f"{config.name}: label {label}": np.flatnonzero(labels == label) for label in shown_labels}
@@ -191,8 +200,8 @@ def _view_labels(held_out: ClassificationSet | ClusteringSet, embedder: Embedder
     return SetView(
         name=config.name,
         note=f"{len(rows):,} of {len(held_out.texts):,} texts",
-        sources=[
-            EncodedSource(name, [texts[i] for i in members], vectors[members], config.instruction)
+        text_groups=[
+            EncodedTexts(name, [texts[i] for i in members], vectors[members], config.instruction)
             for name, members in groups.items()
             if len(members)
         ],
@@ -210,7 +219,7 @@ def truncate(text: str, max_chars: int) -> str:
     return text if len(text) <= max_chars else f"{text[: max_chars - 1]}…"
 
 
-def count_bins(similarities: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def make_histogram_rows(similarities: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Return a histogram with equal bins for all kinds of pairs: rows of kind, start, end and share of the kind's pairs."""
     values = np.concatenate(list(similarities.values()))
     low, high = float(values.min()), float(values.max())
@@ -225,24 +234,24 @@ def count_bins(similarities: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     return rows
 
 
-def project_texts(sources: Sequence[EncodedSource]) -> tuple[list[dict[str, Any]], float]:
+def project_texts(text_groups: Sequence[EncodedTexts]) -> tuple[list[dict[str, Any]], float]:
     """Project a sample of texts onto the two principal axes of their vectors.
 
     Args:
-        sources: The texts, each source in its own color. The same number is sampled from each, if it has that many.
+        text_groups: The texts, each group in its own color. The same number is sampled from each, if it has that many.
 
     Returns:
         Points of x, y, source and text, and the share of the variance that the two axes explain.
     """
     rng = np.random.default_rng(SAMPLE_SEED)
-    samples = [(s, sample(range(len(s.texts)), MAX_MAP_TEXTS // len(sources), rng)) for s in sources]
-    vectors = np.concatenate([source.vectors[rows] for source, rows in samples]).astype(np.float64)
+    samples = [(group, sample(range(len(group.texts)), MAX_MAP_TEXTS // len(text_groups), rng)) for group in text_groups]
+    vectors = np.concatenate([group.vectors[rows] for group, rows in samples]).astype(np.float64)
     centered = vectors - vectors.mean(axis=0)
     _, scales, axes = np.linalg.svd(centered, full_matrices=False)
     coordinates = centered @ axes[:2].T
     coordinates = np.pad(coordinates, ((0, 0), (0, 2 - coordinates.shape[1])))
     variance = float((scales[:2] ** 2).sum() / max((scales**2).sum(), 1e-12))
-    names = [(source.name, truncate(source.texts[row], MAX_POINT_CHARS)) for source, rows in samples for row in rows]
+    names = [(group.name, truncate(group.texts[row], MAX_POINT_CHARS)) for group, rows in samples for row in rows]
     points = [
         {"x": round(float(x), 4), "y": round(float(y), 4), "source": name, "text": text}
         for (x, y), (name, text) in zip(coordinates, names, strict=True)
@@ -250,23 +259,23 @@ def project_texts(sources: Sequence[EncodedSource]) -> tuple[list[dict[str, Any]
     return points, variance
 
 
-def compute_latent_attention(sources: Sequence[EncodedSource], embedder: Embedder) -> tuple[list[dict[str, Any]], str]:
+def compute_latent_attention(text_groups: Sequence[EncodedTexts], embedder: Embedder) -> tuple[list[dict[str, Any]], str]:
     """Return the attention of some texts to the latents (NV-Embed, Lee et al. 2024, appendix C).
 
     Args:
-        sources: The texts. Only the first two sources are used.
+        text_groups: The texts. Only the first two groups are used.
         embedder: A model with latent attention.
 
     Returns:
         Cells of text, source, head, latent and weight, and a note on which columns are shown: those pairs of head and latent
         whose weight differs most between the texts.
     """
-    samples = [(s, list(s.texts[:LATENT_TEXTS])) for s in sources[:2]]
-    weights = np.concatenate([embedder.latent_weights(texts, source.instruction) for source, texts in samples])
+    samples = [(group, list(group.texts[:LATENT_TEXTS])) for group in text_groups[:2]]
+    weights = np.concatenate([embedder.latent_weights(texts, group.instruction) for group, texts in samples])
     heads, latents = weights.shape[1:]
     columns = weights.reshape(len(weights), -1)
     shown_columns = np.sort(np.argsort(-columns.std(axis=0), kind="stable")[:MAX_LATENT_COLUMNS])
-    rows = [(source.name, text) for source, texts in samples for text in texts]
+    rows = [(group.name, text) for group, texts in samples for text in texts]
     cells = [
         {
             "row": f"{i + 1:02} {source.rpartition(': ')[2]}",

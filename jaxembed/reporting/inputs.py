@@ -38,7 +38,7 @@ class ReportedModel:
     @property
     def held_out(self) -> dict[str, float]:
         """The last held-out scores by SET/METRIC."""
-        return self.run.last_scores() if self.run else {}
+        return self.run.get_last_scores() if self.run else {}
 
 
 def read_inputs(paths: Sequence[str]) -> list[ReportedModel]:
@@ -51,21 +51,21 @@ def read_inputs(paths: Sequence[str]) -> list[ReportedModel]:
     """
     score_files = {path: _find_score_file_or_run(path) for path in paths}
     runs = {Path(path).resolve(): read_run_files(Path(path)) for path in paths if not score_files[path]}
-    files = {folder: [run.benchmark] if run.benchmark else [] for folder, run in runs.items()}
-    others: list[tuple[str, ScoreFile]] = []
+    scores_by_run = {folder: [run.benchmark] if run.benchmark else [] for folder, run in runs.items()}
+    scores_without_run: list[tuple[str, ScoreFile]] = []
     for path in paths:
         if score_file := score_files[path]:
-            scores = _name_model(read_score_file(score_file), score_file)
+            scores = _fill_in_model(read_score_file(score_file), score_file)
             owner = Path(scores.model).resolve() if scores.model else None
-            if owner in files:
-                files[owner].append(scores)
+            if owner in scores_by_run:
+                scores_by_run[owner].append(scores)
             else:
-                others.append((path, scores))
+                scores_without_run.append((path, scores))
     models = [
-        ReportedModel(run.name, str(folder), run, merge_score_files([ScoreFile("", {}), *files[folder]]))
+        ReportedModel(run.name, str(folder), run, merge_score_files([ScoreFile("", {}), *scores_by_run[folder]]))
         for folder, run in runs.items()
     ]
-    models += [ReportedModel(_name_scores(path, scores), scores.model, None, scores) for path, scores in others]
+    models += [ReportedModel(_name_scores(path, scores), scores.model, None, scores) for path, scores in scores_without_run]
     return _make_names_unique(models)
 
 
@@ -81,13 +81,13 @@ def _find_score_file_or_run(path: str) -> Path | None:
         return None
     if score_file := find_score_file(folder):
         return score_file
-    is_early = exists(folder / "config.yaml")
-    problem = "a run that has not started yet" if is_early else "neither a run directory nor scores"
-    advice = "Train it first" if is_early else "Give a run directory, or the folder of evaluate --out"
+    has_not_started = exists(folder / "config.yaml")
+    problem = "a run that has not started yet" if has_not_started else "neither a run directory nor scores"
+    advice = "Train it first" if has_not_started else "Give a run directory, or the folder of evaluate --out"
     raise UserError(f"{path}: {problem} (expected base.json, or scores.json). {advice}.")
 
 
-def _name_model(scores: ScoreFile, path: Path) -> ScoreFile:
+def _fill_in_model(scores: ScoreFile, path: Path) -> ScoreFile:
     """Return scores with their model filled in: the run directory that contains them, if no file names the model."""
     run_dir = path.resolve().parent.parent
     return dataclasses.replace(scores, model=str(run_dir)) if not scores.model and is_run(run_dir) else scores
@@ -99,10 +99,10 @@ def _name_scores(path: str, scores: ScoreFile) -> str:
     source_path = Path(path)
     if source_path.suffix == ".json" and source_path.name != SCORES_FILE:
         return source_path.stem
-    return _find_folder(source_path).resolve().name
+    return _get_folder(source_path).resolve().name
 
 
-def _find_folder(path: Path) -> Path:
+def _get_folder(path: Path) -> Path:
     return path if path.is_dir() else path.parent
 
 

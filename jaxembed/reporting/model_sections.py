@@ -16,11 +16,11 @@ from jaxembed.reporting.blocks import ReportSection
 from jaxembed.reporting.charts import draw_heat_map, draw_histogram, draw_points
 from jaxembed.reporting.held_out_views import (
     MAX_LISTED_NEIGHBORS,
-    MAX_SETS,
-    EncodedSource,
+    MAX_VIEWED_SETS,
+    EncodedTexts,
     SetView,
     compute_latent_attention,
-    count_bins,
+    make_histogram_rows,
     project_texts,
     view_set,
 )
@@ -37,13 +37,13 @@ class RunViews:
     Attributes:
         run: Name of the run.
         sets: The views of its held-out sets.
-        sources: The views of its training sources that have hard negatives.
+        training_views: The views of its training sources that have hard negatives.
         latents: The cells of the heat map and its note, if the model has latent attention.
     """
 
     run: str
     sets: Sequence[SetView]
-    sources: Sequence[SetView]
+    training_views: Sequence[SetView]
     latents: tuple[list[dict[str, object]], str] | None
 
 
@@ -60,15 +60,15 @@ def view_run(run: RunFiles, name: str, checkpoint: str, mesh: Mesh) -> RunViews:
         UserError: The checkpoint, the base under its adapters, or a held-out set cannot be read.
     """
     configs = run.config.eval.sets
-    if len(configs) > MAX_SETS:
-        log.info("%s: the first %d of %d held-out sets are encoded", name, MAX_SETS, len(configs))
+    if len(configs) > MAX_VIEWED_SETS:
+        log.info("%s: the first %d of %d held-out sets are encoded", name, MAX_VIEWED_SETS, len(configs))
     try:
-        held_out = open_held_out_sets(configs[:MAX_SETS], cache_dir())
+        held_out = open_held_out_sets(configs[:MAX_VIEWED_SETS], cache_dir())
     except UserError as error:
         raise UserError(f"{run.folder}: {str(error).removesuffix('.')}. Restore it, or give --no-model.") from None
     training_sources = open_training_sources(run)
     views: dict[str, SetView] = {}
-    source_views: list[SetView] = []
+    training_views: list[SetView] = []
     latents = None
     for adapter in dict.fromkeys([*(h.config.adapter for h in held_out), *(s.config.adapter for s in training_sources)]):
         embedder = Embedder.load(run.folder, checkpoint=checkpoint, adapter=adapter or None, mesh=mesh)
@@ -77,25 +77,25 @@ def view_run(run: RunFiles, name: str, checkpoint: str, mesh: Mesh) -> RunViews:
                 views[view.name] = view
         for source in training_sources:
             if source.config.adapter == adapter and (view := view_training_source(source, embedder)):
-                source_views.append(view)
+                training_views.append(view)
         if latents is None and views and embedder.spec.pooling.startswith("latent_attention"):
-            latents = compute_latent_attention(next(iter(views.values())).sources, embedder)
+            latents = compute_latent_attention(next(iter(views.values())).text_groups, embedder)
         del embedder  # memory holds one model at a time
-    return RunViews(name, [views[config.name] for config in configs if config.name in views], source_views, latents)
+    return RunViews(name, [views[config.name] for config in configs if config.name in views], training_views, latents)
 
 
-def _iter_sources(sets: Iterable[SetView]) -> Iterable[EncodedSource]:
-    return (source for view in sets for source in view.sources)
+def _iter_text_groups(sets: Iterable[SetView]) -> Iterable[EncodedTexts]:
+    return (group for view in sets for group in view.text_groups)
 
 
 def make_map_section(views: Sequence[RunViews]) -> ReportSection:
     """Return a map of the held-out texts of each run."""
     charts = []
-    for view in views:
-        if sources := list(_iter_sources(view.sets)):
-            points, variance = project_texts(sources)
+    for run_view in views:
+        if text_groups := list(_iter_text_groups(run_view.sets)):
+            points, variance = project_texts(text_groups)
             note = f"{len(points):,} texts. The axes explain {100 * variance:.0f} % of the variance of their vectors."
-            charts.append(draw_points(_make_title(view, views, "Held-out texts"), points, note))
+            charts.append(draw_points(_make_title(run_view, views, "Held-out texts"), points, note))
     intro = "Principal component analysis (PCA) of the vectors. Point at a text to read it, or tap it to keep it below the map."
     return ReportSection("map", "Map", intro, charts=charts)
 
@@ -104,15 +104,15 @@ def make_neighbor_section(views: Sequence[RunViews]) -> ReportSection:
     """Return queries and their nearest documents, which the reader can browse."""
     neighbors = [
         {
-            "label": ", ".join(filter(None, (view.run if len(views) > 1 else "", held_out.name))),
-            "note": held_out.note,
+            "label": ", ".join(filter(None, (run_view.run if len(views) > 1 else "", set_view.name))),
+            "note": set_view.note,
             "hits": MAX_LISTED_NEIGHBORS,
-            "queries": held_out.queries,
-            "documents": held_out.documents,
+            "queries": set_view.queries,
+            "documents": set_view.documents,
         }
-        for view in views
-        for held_out in view.sets
-        if held_out.queries
+        for run_view in views
+        for set_view in run_view.sets
+        if set_view.queries
     ]
     intro = (
         f"A sample of queries and their nearest documents by cosine. A query is a hit if a relevant document is among "
@@ -125,21 +125,21 @@ def make_similarity_section(views: Sequence[RunViews]) -> ReportSection:
     """Return histograms of the cosines of positives, hard negatives, and random negatives."""
     charts = [
         draw_histogram(
-            _make_title(view, views, held_out.name),
-            count_bins(held_out.similarities),
+            _make_title(run_view, views, set_view.name),
+            make_histogram_rows(set_view.similarities),
             "cosine",
             "share of the pairs",
-            held_out.note,
+            set_view.note,
         )
-        for view in views
-        for held_out in (*view.sets, *view.sources)
-        if held_out.similarities
+        for run_view in views
+        for set_view in (*run_view.sets, *run_view.training_views)
+        if set_view.similarities
     ]
     intro = (
         "Hard negatives of a held-out set are the five nearest documents that are not relevant, random negatives are five "
         "random other ones."
     )
-    if any(view.sources for view in views):
+    if any(run_view.training_views for run_view in views):
         intro += " Training rows have their own hard negatives; their random negatives are positives of other rows."
     return ReportSection("similarities", "Similarities", intro, charts=charts)
 
@@ -147,13 +147,13 @@ def make_similarity_section(views: Sequence[RunViews]) -> ReportSection:
 def make_latent_section(views: Sequence[RunViews]) -> ReportSection:
     """Return the attention of texts to the latents, where a model has latent attention."""
     charts = [
-        draw_heat_map(_make_title(view, views, "Attention to latents"), view.latents[0], view.latents[1])
-        for view in views
-        if view.latents is not None
+        draw_heat_map(_make_title(run_view, views, "Attention to latents"), run_view.latents[0], run_view.latents[1])
+        for run_view in views
+        if run_view.latents is not None
     ]
     intro = "Mean attention of the tokens of a text to each latent, as in appendix C of NV-Embed (Lee et al. 2024)."
     return ReportSection("latents", "Latent attention", intro, charts=charts)
 
 
-def _make_title(view: RunViews, views: Sequence[RunViews], title: str) -> str:
-    return f"{view.run}: {title}" if len(views) > 1 else title
+def _make_title(run_view: RunViews, views: Sequence[RunViews], title: str) -> str:
+    return f"{run_view.run}: {title}" if len(views) > 1 else title

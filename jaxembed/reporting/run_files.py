@@ -56,7 +56,7 @@ class RunFiles:
         """The rows of training steps."""
         return [row for row in self.rows if "loss" in row]
 
-    def scores(self, prefix: str = "eval") -> list[tuple[int, str, float]]:
+    def list_scores(self, prefix: str = "eval") -> list[tuple[int, str, float]]:
         """Return every score under a prefix (eval, untrained, bm25): the step, SET/METRIC, and the value."""
         start = f"{prefix}/"
         return [
@@ -66,9 +66,9 @@ class RunFiles:
             if key.startswith(start) and value is not None
         ]
 
-    def last_scores(self, prefix: str = "eval") -> dict[str, float]:
+    def get_last_scores(self, prefix: str = "eval") -> dict[str, float]:
         """Return the last value of every score under a prefix."""
-        return {name: value for _, name, value in self.scores(prefix)}
+        return {name: value for _, name, value in self.list_scores(prefix)}
 
 
 def is_run(path: Path) -> bool:

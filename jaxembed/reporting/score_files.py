@@ -80,8 +80,10 @@ def read_score_file(path: Path) -> ScoreFile:
     if not tasks:
         raise UserError(f"{path}: has no scores (expected a file that evaluate --out writes)")
     scores = {name: _parse_task(entry, f"{path}: {name}") for name, entry in tasks.items()}
-    neighbors = [path.with_name(name) for name in (COMPARISON_FILE, LEAKS_FILE, MODEL_FILE)]
-    comparison, leaks, model_file = (read_json(file) if path.name == SCORES_FILE and exists(file) else {} for file in neighbors)
+    sibling_paths = [path.with_name(name) for name in (COMPARISON_FILE, LEAKS_FILE, MODEL_FILE)]
+    comparison, leaks, model_file = (
+        read_json(file) if path.name == SCORES_FILE and exists(file) else {} for file in sibling_paths
+    )
     tables_path = path.with_name(TABLES_FILE)
     tables = _read_tables(tables_path) if path.name == SCORES_FILE and exists(tables_path) else []
     return ScoreFile(model or str(model_file.get("model") or ""), scores, comparison, leaks, tables)
@@ -140,7 +142,7 @@ def _parse_number(value: Any, where: str) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def average(tasks: Mapping[str, TaskScore], names: list[str] | None = None) -> float | None:
+def average_tasks(tasks: Mapping[str, TaskScore], names: list[str] | None = None) -> float | None:
     """Return the mean score over tasks, or None if one of them has no score.
 
     Args:

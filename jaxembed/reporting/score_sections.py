@@ -19,18 +19,18 @@ from jaxembed.reporting.blocks import (
 )
 from jaxembed.reporting.charts import draw_lines
 from jaxembed.reporting.inputs import ReportedModel
-from jaxembed.reporting.model_figures import ModelFigures
-from jaxembed.reporting.score_files import average, average_scores, average_widths
+from jaxembed.reporting.model_size import ModelSize
+from jaxembed.reporting.score_files import average_scores, average_tasks, average_widths
 
-FiguresByName = Mapping[str, ModelFigures | None]
+SizesByName = Mapping[str, ModelSize | None]
 
 
-def make_summary_section(models: Sequence[ReportedModel], figures: FiguresByName, baseline: str | None) -> ReportSection:
-    """Return the main numbers of a model, or a table that compares several.
+def make_summary_section(models: Sequence[ReportedModel], sizes: SizesByName, baseline: str | None) -> ReportSection:
+    """Return the headline numbers of a model, or a table that compares several.
 
     Args:
         models: The models.
-        figures: Their sizes, by name.
+        sizes: Their sizes, by name.
         baseline: Name of the model that scores are compared with. Default: the first.
 
     Raises:
@@ -40,40 +40,46 @@ def make_summary_section(models: Sequence[ReportedModel], figures: FiguresByName
     if baseline is not None and baseline not in names:
         raise UserError(f"--baseline: no model of the report is named {baseline!r} (expected one of {', '.join(names)}).")
     if len(models) == 1:
-        return ReportSection("summary", "Summary", figures=_summarize_model(models[0], figures[models[0].name]))
-    return ReportSection("summary", "Models", tables=[_compare_models(models, figures, baseline or names[0])])
+        return ReportSection("summary", "Summary", headline_numbers=_summarize_model(models[0], sizes[models[0].name]))
+    return ReportSection("summary", "Models", tables=[_compare_models(models, sizes, baseline or names[0])])
 
 
-def _summarize_model(model: ReportedModel, figures: ModelFigures | None) -> list[tuple[str, str, str]]:
-    numbers: list[tuple[str, str, str]] = []
+def _summarize_model(model: ReportedModel, size: ModelSize | None) -> list[tuple[str, str, str]]:
+    """Return the headline numbers of a model: label, value, and detail of each."""
+    headline_numbers: list[tuple[str, str, str]] = []
     if run := model.run:
         last = run.losses[-1] if run.losses else {}
-        numbers.append(
+        headline_numbers.append(
             ("loss", format_number(last.get("loss")), f"after step {last.get('step', 0):,} of {run.config.total_steps:,}")
         )
-        for metric, score in list(run.last_scores().items())[:2]:
-            before, bm25 = (run.last_scores(key).get(metric) for key in ("untrained", "bm25"))
-            besides = [f"before training {before:.4f}"] if before is not None else []
-            besides += [f"BM25 {bm25:.4f}"] if bm25 is not None else []
-            numbers.append((metric, format_number(score), ", ".join(besides)))
+        for metric, score in list(run.get_last_scores().items())[:2]:
+            before, bm25 = (run.get_last_scores(key).get(metric) for key in ("untrained", "bm25"))
+            details = [f"before training {before:.4f}"] if before is not None else []
+            details += [f"BM25 {bm25:.4f}"] if bm25 is not None else []
+            headline_numbers.append((metric, format_number(score), ", ".join(details)))
     if model.tasks:
-        numbers.append(("benchmark", _format_score(average(model.tasks)), f"mean of {len(model.tasks)} tasks, × 100"))
-    if figures:
-        detail = f"{_format_memory(figures)} GiB in float32; {figures.attention} attention, "
-        detail += f"{figures.pooling.replace('_', ' ')} pooling"
-        numbers.append(("parameters", format_size(figures.parameters), detail))
-        numbers.append(("vectors", format_count(figures.width), f"dimensions; texts of up to {figures.max_length:,} tokens"))
-    return numbers
+        headline_numbers.append(
+            ("benchmark", _format_score(average_tasks(model.tasks)), f"mean of {len(model.tasks)} tasks, × 100")
+        )
+    if size:
+        detail = f"{_format_memory(size)} GiB in float32; {size.attention} attention, "
+        detail += f"{size.pooling.replace('_', ' ')} pooling"
+        headline_numbers.append(("parameters", format_size(size.parameters), detail))
+        headline_numbers.append(("vectors", format_count(size.width), f"dimensions; texts of up to {size.max_length:,} tokens"))
+    return headline_numbers
 
 
-def _compare_models(models: Sequence[ReportedModel], figures: FiguresByName, baseline: str) -> Table:
+def _compare_models(models: Sequence[ReportedModel], sizes: SizesByName, baseline: str) -> Table:
     """Return the table of the survey (Cao 2024, Table 3), with scores relative to a baseline."""
     tasks = _intersect([list(model.tasks) for model in models if model.tasks])
     held_out = list(dict.fromkeys(metric for model in models for metric in model.held_out))
     scores_by_model = {model.name: {metric: model.held_out.get(metric) for metric in held_out} for model in models}
     if tasks:
         scores_by_model = {
-            model.name: {f"mean of {len(tasks)} tasks": _to_percent(average(model.tasks, tasks)), **scores_by_model[model.name]}
+            model.name: {
+                f"mean of {len(tasks)} tasks": _to_percent(average_tasks(model.tasks, tasks)),
+                **scores_by_model[model.name],
+            }
             for model in models
         }
     metrics = list(scores_by_model[baseline])
@@ -85,7 +91,7 @@ def _compare_models(models: Sequence[ReportedModel], figures: FiguresByName, bas
     columns += [title for m in metrics for title in ([m, f"{m} vs {baseline}"] if m in compared_metrics else [m])]
     rows = []
     for model in models:
-        cells = [model.name, *_format_figures(figures[model.name])]
+        cells = [model.name, *_format_size_cells(sizes[model.name])]
         for metric in metrics:
             score, reference = scores_by_model[model.name][metric], scores_by_model[baseline][metric]
             cells.append(format_number(score, 2 if metric.startswith("mean of") else 4))
@@ -98,15 +104,15 @@ def _compare_models(models: Sequence[ReportedModel], figures: FiguresByName, bas
     return Table(columns, rows, caption=caption, best=best)
 
 
-def _format_figures(figures: ModelFigures | None) -> list[str]:
-    if figures is None:
+def _format_size_cells(size: ModelSize | None) -> list[str]:
+    if size is None:
         return [NO_VALUE] * 4
-    parameters = format_number(figures.parameters / 1e6, 1 if figures.parameters >= 1e6 else 3)
-    return [parameters, _format_memory(figures), format_count(figures.width), format_count(figures.max_length)]
+    parameters = format_number(size.parameters / 1e6, 1 if size.parameters >= 1e6 else 3)
+    return [parameters, _format_memory(size), format_count(size.width), format_count(size.max_length)]
 
 
-def _format_memory(figures: ModelFigures) -> str:
-    return format_number(figures.memory_gb, 2 if figures.memory_gb >= 0.1 else 4)
+def _format_memory(size: ModelSize) -> str:
+    return format_number(size.memory_gib, 2 if size.memory_gib >= 0.1 else 4)
 
 
 def _format_change(score: float | None, reference: float | None) -> str:
@@ -134,9 +140,9 @@ def _find_best(rows: Sequence[Sequence[str]], groups: Iterable[Iterable[tuple[in
     """
     best: set[tuple[int, int]] = set()
     for cells in groups:
-        numbers = {(i, column): float(rows[i][column]) for i, column in cells if rows[i][column] != NO_VALUE}
-        if len(set(numbers.values())) > 1:
-            best |= {cell for cell, number in numbers.items() if number == max(numbers.values())}
+        values = {(i, column): float(rows[i][column]) for i, column in cells if rows[i][column] != NO_VALUE}
+        if len(set(values.values())) > 1:
+            best |= {cell for cell, number in values.items() if number == max(values.values())}
     return frozenset(best)
 
 
@@ -156,7 +162,7 @@ def make_benchmark_section(models: Sequence[ReportedModel]) -> ReportSection:
 
 def _make_benchmark_table(models: Sequence[ReportedModel]) -> Table:
     """Return the scores by task, with a column for each model, and one for BM25 if it was scored."""
-    kinds = {name: (task.type, task.metric) for model in models for name, task in model.tasks.items()}
+    types_and_metrics = {name: (task.type, task.metric) for model in models for name, task in model.tasks.items()}
     columns: dict[str, dict[str, float | None]] = {
         model.name: {name: task.score for name, task in model.tasks.items()} for model in models
     }
@@ -171,13 +177,13 @@ def _make_benchmark_table(models: Sequence[ReportedModel]) -> Table:
         means = (average_scores([scores.get(name) for name in names]) for scores in columns.values())
         rows.append([f"{title} ({len(names)})", "mean", *map(_format_score, means)])
 
-    for task_type in sorted({task_type for task_type, _ in kinds.values()}, key=get_type_position):
-        names = [name for name, (other, _) in kinds.items() if other == task_type]
+    for task_type in sorted({task_type for task_type, _ in types_and_metrics.values()}, key=get_type_position):
+        names = [name for name, (other_type, _) in types_and_metrics.items() if other_type == task_type]
         add_mean(task_type, names)
         for name in names:
             scores = (column.get(name) for column in columns.values())
-            rows.append([name, kinds[name][1] or NO_VALUE, *map(_format_score, scores)])
-    add_mean("All", list(kinds))
+            rows.append([name, types_and_metrics[name][1] or NO_VALUE, *map(_format_score, scores)])
+    add_mean("All", list(types_and_metrics))
     best = _find_best(rows, ([(i, column) for column in range(2, 2 + len(columns))] for i in range(len(rows))))
     caption = "Scores × 100. A mean is shown only if every task has a score."
     return Table(["task", "metric", *columns], rows, 2, caption, frozenset(groups), best)
@@ -193,16 +199,16 @@ def _list_published_tables(models: Sequence[ReportedModel]) -> list[Table]:
         for table in model.benchmark.tables:
             columns = [f"{name} ({count})" for name, count in table.columns.items()]
             rows = {name: [format_number(cell, 2) for cell in cells] for name, cells in table.rows.items()}
-            published = [[name, *rows.pop(name)] for name in table.published]
-            if not published:
+            published_rows = [[name, *rows.pop(name)] for name in table.published]
+            if not published_rows:
                 continue
-            first = next(iter(rows))  # the model's own name, or its name and a width
-            name = first.rpartition(", ")[0] if len(rows) > 1 else first
+            first_label = next(iter(rows))  # the model's own name, or its name and a width
+            name = first_label.rpartition(", ")[0] if len(rows) > 1 else first_label
             model_rows = [[model.name + label.removeprefix(name), *cells] for label, cells in rows.items()]
             key = (table.title, *columns)
-            earlier = tables[key].rows if key in tables else published
+            earlier_rows = tables[key].rows if key in tables else published_rows
             caption = f"{table.title}. Published rows: {'; '.join(table.sources)}."
-            tables[key] = Table(["model", *columns, "average"], [*model_rows, *earlier], caption=caption)
+            tables[key] = Table(["model", *columns, "average"], [*model_rows, *earlier_rows], caption=caption)
     return list(tables.values())
 
 
@@ -229,9 +235,11 @@ def make_width_section(models: Sequence[ReportedModel]) -> ReportSection:
     rows = []
     for name, scores in widths.items():
         if scores:
-            top = scores[max(scores)]
+            largest_width_score = scores[max(scores)]
             rows.append([name, "score", *(_format_score(scores.get(width)) for width in columns)])
-            shares = [scores[width] / top if width in scores and top else None for width in columns]
+            shares = [
+                scores[width] / largest_width_score if width in scores and largest_width_score else None for width in columns
+            ]
             rows.append([name, "kept", *map(format_percent, shares)])
     table = Table(
         ["model", "", *(f"{width:,}" for width in columns)], rows, 2, "Kept: the share of the score at the largest width."
@@ -252,10 +260,10 @@ def make_comparison_section(models: Sequence[ReportedModel]) -> ReportSection:
 def _make_comparison_table(model: ReportedModel) -> Table:
     comparison = model.benchmark.comparison
     differences: dict[str, Mapping[str, Any]] = dict(comparison.get("differences") or {})
-    other = comparison.get("scores") or {}
+    other_scores = comparison.get("scores") or {}
     rows = []
     for task, difference in differences.items():
-        scores = [model.tasks[task].score if task in model.tasks else None, (other.get(task) or {}).get("score")]
+        scores = [model.tasks[task].score if task in model.tasks else None, (other_scores.get(task) or {}).get("score")]
         rows.append([task, *map(_format_score, scores), *_format_difference(difference)])
     groups: frozenset[int] = frozenset()
     if mean := comparison.get("mean"):

@@ -20,7 +20,7 @@ from jaxembed.reporting.blocks import (
 from jaxembed.reporting.charts import Chart, draw_bars, draw_histogram, draw_lines
 from jaxembed.reporting.run_files import RunFiles
 
-# Metrics of every run, and how their charts are titled.
+# Metrics of every run: key, title of the chart, and title of its axis.
 STEP_METRICS = (
     ("learning_rate", "Learning rate", "learning rate"),
     ("grad_norm", "Gradient norm", "norm"),
@@ -28,13 +28,14 @@ STEP_METRICS = (
     ("padding_fraction", "Padding", "share of computed tokens"),
     ("mfu", "Model FLOPs utilization", "share of the peak"),
 )
-OTHER_KEYS = frozenset(
+NON_OBJECTIVE_KEYS = frozenset(
     {"stage", "step", "loss", "step_seconds", "data_wait_seconds", "examples_per_second", "new_programs", "adapter"}
     | {key for key, _, _ in STEP_METRICS}
 )
-EXIT_PREFIX = "exit_"  # of the losses at early exits
+EXIT_PREFIX = "exit_"  # starts the keys of losses at early exits
 MAX_CHARTED_SOURCES = 24  # sources of all stages that a chart shows, those with the largest shares
-ONLY_GROUP = "queries"  # name of the group if there is only one run with one stage
+MAX_HISTOGRAM_SOURCES = 6  # sources with a histogram of token lengths
+SINGLE_GROUP = "queries"  # name of the group if there is only one run with one stage
 MAX_METRIC_CHARTS = 8  # charts of the objectives' own metrics
 
 
@@ -46,7 +47,10 @@ def make_training_section(runs: Sequence[RunFiles]) -> ReportSection:
         charts += [_draw_metric(runs, key, describe_part(key), "loss") for key in parts]
     for key, title, y_title in STEP_METRICS:
         values = [
-            _make_point(run, row, key, _make_prefix(run, runs) or title) for run in runs for row in run.losses if key in row
+            _make_point(run, row, key, _name_run_if_several(run, runs) or title)
+            for run in runs
+            for row in run.losses
+            if key in row
         ]
         if values:
             starts_at_zero = key in ("learning_rate", "padding_fraction", "mfu")
@@ -55,7 +59,7 @@ def make_training_section(runs: Sequence[RunFiles]) -> ReportSection:
         {
             "x": row["step"],
             "value": row["data_wait_seconds"] / row["step_seconds"],
-            "series": _make_prefix(run, runs) or "waiting",
+            "series": _name_run_if_several(run, runs) or "waiting",
         }
         for run in runs
         for row in run.losses
@@ -68,7 +72,7 @@ def make_training_section(runs: Sequence[RunFiles]) -> ReportSection:
     return ReportSection("training", "Training", "One point per logged step.", charts=charts)
 
 
-def _make_prefix(run: RunFiles, runs: Sequence[RunFiles]) -> str:
+def _name_run_if_several(run: RunFiles, runs: Sequence[RunFiles]) -> str:
     """Return the name of a run if a chart shows several, otherwise an empty string."""
     return run.name if len(runs) > 1 else ""
 
@@ -79,7 +83,9 @@ def _make_point(run: RunFiles, row: Mapping[str, Any], key: str, series: str) ->
 
 def _draw_metric(runs: Sequence[RunFiles], key: str, title: str, y_title: str) -> Chart:
     """Draw a metric of several runs, or of one."""
-    values = [_make_point(run, row, key, _make_prefix(run, runs) or title) for run in runs for row in run.losses if key in row]
+    values = [
+        _make_point(run, row, key, _name_run_if_several(run, runs) or title) for run in runs for row in run.losses if key in row
+    ]
     return draw_lines(title, values, y_title)
 
 
@@ -136,7 +142,7 @@ def _list_objective_metrics(runs: Sequence[RunFiles]) -> list[str]:
     """Return the metrics of objectives that are not losses, such as the number of negatives."""
     parts = {key for run in runs for key in _list_loss_parts(run)}
     keys = dict.fromkeys(key for run in runs for row in run.losses for key in row)
-    return [key for key in keys if key not in parts | OTHER_KEYS]
+    return [key for key in keys if key not in parts | NON_OBJECTIVE_KEYS]
 
 
 def describe_part(key: str) -> str:
@@ -149,17 +155,17 @@ def describe_part(key: str) -> str:
 
 def make_held_out_section(runs: Sequence[RunFiles]) -> ReportSection:
     """Return held-out scores over the steps, next to those of the model before training and of BM25."""
-    metrics = list(dict.fromkeys(name for run in runs for _, name, _ in run.scores()))
+    metrics = list(dict.fromkeys(name for run in runs for _, name, _ in run.list_scores()))
     charts = []
     for metric in metrics:
         values = []
         for run in runs:
-            prefix = _make_prefix(run, runs)
-            points = [{"x": x, "value": v, "series": prefix or "trained"} for x, name, v in run.scores() if name == metric]
+            prefix = _name_run_if_several(run, runs)
+            points = [{"x": x, "value": v, "series": prefix or "trained"} for x, name, v in run.list_scores() if name == metric]
             last = points[-1]["x"] if points else 0
             values += points
             for key, label in (("untrained", "before training"), ("bm25", "BM25")):
-                score = run.last_scores(key).get(metric)
+                score = run.get_last_scores(key).get(metric)
                 if score is not None:
                     series = f"{prefix}: {label}" if prefix and key == "untrained" else label
                     values += [{"x": x, "value": score, "series": series, "baseline": True} for x in (0, last)]
@@ -173,8 +179,8 @@ def _make_held_out_table(runs: Sequence[RunFiles], metrics: Sequence[str]) -> Ta
     rows = []
     for metric in metrics:
         for run in runs:
-            before, bm25 = (run.last_scores(key).get(metric) for key in ("untrained", "bm25"))
-            scores = [(x, value) for x, name, value in run.scores() if name == metric]
+            before, bm25 = (run.get_last_scores(key).get(metric) for key in ("untrained", "bm25"))
+            scores = [(x, value) for x, name, value in run.list_scores() if name == metric]
             if not scores:
                 continue
             best_step, best = max(scores, key=lambda score: score[1])
@@ -202,7 +208,7 @@ def make_data_section(runs: Sequence[RunFiles]) -> ReportSection:
     if len(largest_sources) > 1:
         shares = [_select_keys(source, "name", "group", "share") for source in largest_sources]
         charts.append(draw_bars("Mixture", shares, "share of the queries", cut_note))
-    lengths = [row for source in largest_sources[:6] for row in _list_length_rows(source)]
+    lengths = [row for source in largest_sources[:MAX_HISTOGRAM_SOURCES] for row in _list_length_rows(source)]
     if lengths:
         charts.append(
             draw_histogram(
@@ -218,7 +224,7 @@ def make_data_section(runs: Sequence[RunFiles]) -> ReportSection:
 
 def _name_stage(run: RunFiles, runs: Sequence[RunFiles], index: int) -> str:
     stage = f"stage {index + 1}" if len(run.data) > 1 else ""
-    return ", ".join(filter(None, (_make_prefix(run, runs), stage))) or ONLY_GROUP
+    return ", ".join(filter(None, (_name_run_if_several(run, runs), stage))) or SINGLE_GROUP
 
 
 def _select_keys(source: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -229,7 +235,7 @@ def _list_length_rows(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     tokens = source.get("tokens") or {}
     histogram = tokens.get("histogram") or {"edges": [], "counts": []}
     total = sum(histogram["counts"]) or 1
-    name = source["name"] if source["group"] == ONLY_GROUP else f"{source['name']} ({source['group']})"
+    name = source["name"] if source["group"] == SINGLE_GROUP else f"{source['name']} ({source['group']})"
     for start, end, count in zip(histogram["edges"][:-1], histogram["edges"][1:], histogram["counts"], strict=True):
         yield {"kind": name, "start": start, "end": end, "share": count / total}
 
@@ -267,7 +273,7 @@ def _make_drop_tables(sources: Sequence[Mapping[str, Any]]) -> list[Table]:
 
 def _omit_single_group(table: Table) -> Table:
     """Return a table without its second column if there is only one run and stage."""
-    if any(row[1] != ONLY_GROUP for row in table.rows):
+    if any(row[1] != SINGLE_GROUP for row in table.rows):
         return table
     rows = [[row[0], *row[2:]] for row in table.rows]
     columns = [table.columns[0], *table.columns[2:]]

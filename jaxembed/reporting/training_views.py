@@ -29,7 +29,7 @@ from jaxembed.reporting.run_files import RunFiles
 
 log = logging.getLogger("jaxembed")
 
-MAX_SOURCES = 4  # sources whose examples are encoded
+MAX_VIEWED_SOURCES = 4  # sources whose examples are encoded
 MAX_SOURCE_EXAMPLES = 128  # examples of a source that are encoded
 
 
@@ -48,7 +48,7 @@ def open_training_sources(run: RunFiles) -> list[Source]:
     except UserError as error:
         log.info("%s: the report has no similarities of training rows (%s)", run.name, str(error).removesuffix("."))
         return []
-    return [source for source in sources if source.is_mineable][:MAX_SOURCES]
+    return [source for source in sources if source.is_mineable][:MAX_VIEWED_SOURCES]
 
 
 def _use_mined_pairs(source: Source, mine: MineConfig | None, path: Path) -> Source:
@@ -72,14 +72,14 @@ def _compare_examples(examples: list[Example], embedder: Embedder, rng: np.rando
     encode = make_training_miner(embedder).encode
     queries = encode([EncoderInput(e.query, "query", e.instruction) for e in examples])
     positives = encode([EncoderInput(e.positive, "document", e.document_instruction) for e in examples])
-    owners = [i for i, example in enumerate(examples) for _ in example.negatives]
+    example_of_negative = [i for i, example in enumerate(examples) for _ in example.negatives]
     negatives = encode([EncoderInput(text, "document", e.document_instruction) for e in examples for text in e.negatives])
     others = [[i for i, other in enumerate(examples) if other.positive not in e.positives] for e in examples]
     pairs = [(i, j) for i, rows in enumerate(others) for j in sample(rows, NEGATIVES_PER_QUERY, rng)]
     first, second = np.array(pairs, np.int64).reshape(-1, 2).T
     cosines = {
         POSITIVES: np.sum(queries * positives, axis=1),
-        HARD_NEGATIVES: np.sum(queries[owners] * negatives, axis=1),
+        HARD_NEGATIVES: np.sum(queries[example_of_negative] * negatives, axis=1),
         RANDOM_NEGATIVES: np.sum(queries[first] * positives[second], axis=1),
     }
     return {kind: values for kind, values in cosines.items() if len(values)}

@@ -21,7 +21,7 @@ from jaxembed.formats.run_files import DATA_REPORT_FILE
 from jaxembed.hub.embedder import Embedder
 from jaxembed.runs.base_monitor import BaseMonitor
 from jaxembed.runs.merged_adapters import merge_trained_adapters
-from jaxembed.runs.mined import add_mined_negatives
+from jaxembed.runs.mined_negatives import add_mined_negatives
 from jaxembed.runs.open import OpenedRun, open_run
 from jaxembed.runs.record import record_run, record_start
 from jaxembed.runs.report import describe_stage, show_data, show_scores, show_size, summarize_run

@@ -27,7 +27,7 @@ FIRST_BUSY_WAIT_S, MAX_WAIT_S = 1.0, 30.0  # the wait doubles, unless the server
 MAX_ANSWER_BYTES = 2**28
 READ_BYTES = 2**16  # bytes of an answer that are read at a time
 MAX_QUOTED_CHARS = 300  # characters of a server's error message in ours
-UNREACHABLE_ADVICE = "Check that the server runs, and the host and port of the URL."
+REACH_ADVICE = "Check that the server runs, and the host and port of the URL."
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -142,10 +142,10 @@ class HttpClient:
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
                 raise self._explain_timeout(url) from None
-            raise UserError(f"{url}: cannot be reached ({summarize(error.reason)}). {UNREACHABLE_ADVICE}") from None
+            raise UserError(f"{url}: cannot be reached ({summarize(error.reason)}). {REACH_ADVICE}") from None
         except (OSError, ValueError, http.client.HTTPException) as error:
             detail = summarize(error) or type(error).__name__
-            raise UserError(f"{url}: the request failed ({detail}). {UNREACHABLE_ADVICE}") from None
+            raise UserError(f"{url}: the request failed ({detail}). {REACH_ADVICE}") from None
 
     def _explain_timeout(self, url: str) -> UserError:
         return UserError(f"{url}: no answer within {self.timeout_s:g} s. Check the server, or raise --timeout.")

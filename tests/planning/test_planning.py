@@ -23,8 +23,8 @@ from jaxembed.errors import UserError
 from jaxembed.planning.assignment import Assignment, parse_assignment, run_in_child
 from jaxembed.planning.collectives import find_collectives
 from jaxembed.planning.flops import count_matmul_flops
-from jaxembed.planning.mined import add_stand_in_negatives
 from jaxembed.planning.plan import _find_largest_batch, _make_out_of_memory_error, make_planning_target, plan
+from jaxembed.planning.stand_in_negatives import add_stand_in_negatives
 from jaxembed.planning.topology import list_topology_devices
 from jaxembed.runs.open import open_run
 

@@ -20,7 +20,7 @@ from jaxembed.errors import UserError
 from jaxembed.hub.embedder import Embedder
 from jaxembed.reporting.blocks import Collapsible, ReportSection, Table
 from jaxembed.reporting.charts import average_points, draw_points
-from jaxembed.reporting.held_out_views import EncodedSource as Source
+from jaxembed.reporting.held_out_views import EncodedTexts as Source
 from jaxembed.reporting.held_out_views import compare_pairs, compute_latent_attention, describe_query, project_texts
 from jaxembed.reporting.page import render_page, to_script_json
 from jaxembed.training.metrics import read_metrics

@@ -20,8 +20,8 @@ BYTES_PER_PARAMETER = 4  # float32, as Table 3 of the survey (Cao 2024, arXiv:24
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelFigures:
-    """The size of a model.
+class ModelSize:
+    """The size of a model, with the settings that a report names beside it.
 
     Attributes:
         parameters: Number of parameters, with adapters merged.
@@ -38,12 +38,12 @@ class ModelFigures:
     attention: str
 
     @property
-    def memory_gb(self) -> float:
+    def memory_gib(self) -> float:
         """Memory of the parameters in float32, in GiB."""
         return self.parameters * BYTES_PER_PARAMETER / 2**30
 
 
-def read_model_figures(path: str) -> ModelFigures | None:
+def read_model_size(path: str) -> ModelSize | None:
     """Return the size of the model in a run directory or folder, or None if there is no such model here."""
     if not path or not exists(Path(path)):
         return None
@@ -53,4 +53,4 @@ def read_model_figures(path: str) -> ModelFigures | None:
         return None
     model = EmbeddingModel(base.transformer, base.spec, ComputeOptions())
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(infer_parameter_shapes(model)))
-    return ModelFigures(parameters, model.width, base.spec.max_length, base.spec.pooling, base.spec.attention)
+    return ModelSize(parameters, model.width, base.spec.max_length, base.spec.pooling, base.spec.attention)
