@@ -125,6 +125,7 @@ _HANDLERS = {
 
 
 def _register_handlers() -> None:
+    """Make the handlers known to XLA under their names."""
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
     for transposed_operand, handler in _HANDLERS.items():

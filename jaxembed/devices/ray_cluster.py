@@ -55,25 +55,25 @@ class RayCluster:
         Args:
             worker_class: The class of the workers. Each worker is an instance of it.
             *arguments: Arguments of its constructor, which may be stored objects of Ray.
-            threads: Number of calls that a worker runs at the same time.
+            threads: Number of calls that one worker runs at the same time.
         """
         actor = self.ray.remote(
             num_cpus=1, max_restarts=-1, max_task_retries=MAX_RETRIES, max_concurrency=threads
         )(worker_class)  # fmt: skip
         return [actor.remote(*arguments) for _ in range(self.num_workers)]
 
-    def wait(self, result: Any, what: str) -> Any:
+    def wait(self, reference: Any, subject: str) -> Any:
         """Return the result of a call once a worker has it.
 
         Args:
-            result: Ray's reference to the result.
-            what: What the call works on, for messages, such as "rows 1 to 16".
+            reference: Ray's reference to the result.
+            subject: What the call works on, for messages, such as "rows 1 to 16".
 
         Raises:
             UserError: The worker lacks a module, ended `MAX_RETRIES` + 1 times, or failed, for example because memory ran out.
         """
         try:
-            return self.ray.get(result)
+            return self.ray.get(reference)
         except self.ray.exceptions.RayActorError as error:
             if missing := re.search(r"No module named '[^']*'", str(error)):
                 raise UserError(
@@ -82,7 +82,7 @@ class RayCluster:
             problem = f"the workers ended {MAX_RETRIES + 1} times"
         except self.ray.exceptions.RayError as error:
             problem = f"a worker failed ({summarize(getattr(error, 'cause', None) or error)})"
-        raise UserError(f"--ray: {what}: {problem}. Run the same command without --ray, which shows why.")
+        raise UserError(f"--ray: {subject}: {problem}. Run the same command without --ray, which shows why.")
 
 
 def _import_ray() -> Any:

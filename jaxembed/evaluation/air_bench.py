@@ -59,6 +59,7 @@ def open_tasks(args: argparse.Namespace) -> list[AirBenchTask]:
 
 
 def _find_tasks(folder: Path, results_folder: Path | None) -> list[AirBenchTask]:
+    """Return a task for each split with queries, if it has judgments or its search results can be written."""
     corpora = sorted(path for path in folder.glob("*/AIR-Bench_*/*/corpus.jsonl") if DATA_SET_NAME.fullmatch(path.parts[-4]))
     if not corpora:
         raise UserError(
@@ -210,6 +211,7 @@ class AirBenchTask:
 
     @property
     def _name_parts(self) -> Sequence[str]:
+        """Task (qa or long-doc), domain and language: the parts of the name of the data set."""
         match = DATA_SET_NAME.fullmatch(self.corpus.parts[-4])
         assert match is not None
         return match.groups()

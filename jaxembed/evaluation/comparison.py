@@ -94,6 +94,7 @@ def average_differences(differences: Sequence[Difference]) -> Difference:
 
 
 def _subtract_scores(first: ItemScores, second: ItemScores) -> dict[str, Any]:
+    """Return the difference of two scores without items, and why it has no interval."""
     scores = first.summary["score"], second.summary["score"]
     difference = None if None in scores else scores[0] - scores[1]
     return {"difference": difference, "no_interval": first.missing_reason or second.missing_reason}

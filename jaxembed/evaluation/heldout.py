@@ -315,6 +315,7 @@ def _read_clustering_set(config: EvalSetConfig, cache: Path) -> ClusteringSet:
 
 
 def _read_classification_set(config: EvalSetConfig, cache: Path) -> ClassificationSet:
+    """Read labeled texts, and the training texts if the config names them. Both share one numbering of the labels."""
     labeled = _read_labeled_texts(config.path, config.split, cache)
     if config.train_path:
         train = _read_labeled_texts(config.train_path, config.train_split, cache)

@@ -80,6 +80,7 @@ def _draw_training_texts(labels: np.ndarray, order: list[int]) -> list[int]:
 
 
 def _fit_and_predict(train_vectors: np.ndarray, train_labels: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Return the labels that logistic regression predicts, int64 [N]."""
     from sklearn.linear_model import LogisticRegression
 
     if len(set(train_labels.tolist())) == 1:  # the other folds may have a single label

@@ -159,6 +159,7 @@ def get_split(task: Any, subset: str, split: str) -> Split:
 
 
 def _build_retrieval(task: Any, split: Split, predictions: Mapping[str, Mapping[str, float]]) -> list[ScoredItems]:
+    """Return the queries, each with its value of the main score. Predictions are the scores of documents by query."""
     match = RANKED_METRIC.fullmatch(task.metadata.main_score)
     if match is None or task.skip_first_result or task.ignore_identical_ids:
         raise NoItemsError(f"results by item are not known for {task.metadata.main_score} of this task")
@@ -179,6 +180,7 @@ def _build_sts(task: Any, split: Split, predictions: Mapping[str, Sequence[float
 
 
 def _build_classification(task: Any, split: Split, predictions: Sequence[Sequence[Any]]) -> list[ScoredItems]:
+    """Return the texts, each with the share of the classifiers that predict its label."""
     labels = list(split[task.label_column_name])
     if task.metadata.main_score != "accuracy" or task.is_cross_validation:
         raise NoItemsError(f"{task.metadata.main_score} of this task is not a mean over texts")
@@ -197,6 +199,7 @@ def _build_pair_classification(task: Any, split: Split, predictions: Mapping[str
 
 
 def _build_clustering(task: Any, split: Split, predictions: Sequence[Sequence[int]]) -> list[ScoredItems]:
+    """Return the texts of each clustering, each with its label and its cluster."""
     parts = []
     for labels, clusters in zip(split[task.label_column_name], predictions, strict=True):
         label_numbers = np.unique(labels, return_inverse=True)[1]

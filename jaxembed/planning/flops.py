@@ -29,6 +29,7 @@ def _count_jaxpr_flops(jaxpr: Any) -> int:
 
 
 def _count_equation_flops(equation: Any) -> int:
+    """Count the FLOPs of an equation, and of the jaxprs that it contains."""
     name, params = equation.primitive.name, equation.params
     # Matmuls.
     if name == "dot_general":

@@ -84,6 +84,7 @@ def view_set(held_out: HeldOutSet, embedder: Embedder) -> SetView | None:
 
 
 def _view_retrieval(held_out: RetrievalSet, embedder: Embedder) -> SetView:
+    """Search a sample of the documents for a sample of the queries."""
     rng, config = np.random.default_rng(SAMPLE_SEED), held_out.config
     # Sample queries with a relevant document in the corpus; keep these documents, and add others.
     answerable = [i for i, grades in enumerate(held_out.relevant) if any(row >= 0 for row in grades)]
@@ -161,6 +162,7 @@ def compare_pairs(
 
 
 def _view_similarity(held_out: SimilaritySet, embedder: Embedder) -> SetView:
+    """Compare the sentences of a sample of the pairs. A pair of sentences from different pairs is random."""
     rng, config = np.random.default_rng(SAMPLE_SEED), held_out.config
     rows = sample(range(len(held_out.first)), MAX_DOCUMENTS // 2, rng)
     first, second = ([side[i] for i in rows] for side in (held_out.first, held_out.second))
@@ -183,6 +185,7 @@ def _view_similarity(held_out: SimilaritySet, embedder: Embedder) -> SetView:
 
 
 def _view_labels(held_out: ClassificationSet | ClusteringSet, embedder: Embedder) -> SetView:
+    """Compare random pairs of texts, with the same label or with different ones."""
     rng, config = np.random.default_rng(SAMPLE_SEED), held_out.config
     rows = sample(range(len(held_out.texts)), MAX_MAP_TEXTS, rng)
     texts, labels = [held_out.texts[i] for i in rows], held_out.labels[rows]

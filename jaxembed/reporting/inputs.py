@@ -94,6 +94,7 @@ def _fill_in_model(scores: ScoreFile, path: Path) -> ScoreFile:
 
 
 def _name_scores(path: str, scores: ScoreFile) -> str:
+    """Return the name in the report of a model without a run: that of the model, otherwise that of the file or folder."""
     if scores.model:
         return Path(scores.model).name
     source_path = Path(path)

@@ -113,6 +113,7 @@ def read_run_files(folder: Path) -> RunFiles:
 
 
 def _read_data(path: Path) -> list[list[dict[str, Any]]]:
+    """Read the sources of each stage from data.json. Runs of earlier versions have no such file, and the list is empty."""
     if not exists(path):
         return []
     stages = read_run_file(read_json_value, path, "train again")

@@ -105,6 +105,7 @@ def _compare_models(models: Sequence[ReportedModel], sizes: SizesByName, baselin
 
 
 def _format_size_cells(size: ModelSize | None) -> list[str]:
+    """Return the cells of parameters in millions, memory in GiB, width, and maximum length."""
     if size is None:
         return [NO_VALUE] * 4
     parameters = format_number(size.parameters / 1e6, 1 if size.parameters >= 1e6 else 3)
@@ -274,6 +275,7 @@ def _make_comparison_table(model: ReportedModel) -> Table:
 
 
 def _format_difference(comparison: Mapping[str, Any]) -> list[str]:
+    """Return the cells of difference, interval, p-value, and verdict."""
     difference = comparison.get("difference")
     low, high = comparison.get("interval") or (None, None)
     return [

@@ -109,6 +109,7 @@ def _list_shown_parts(run: RunFiles) -> list[str]:
 
 
 def _describe_loss_parts(runs: Sequence[RunFiles]) -> str:
+    """Return the note that explains the parts of the loss with a width or an exit."""
     keys = {key for run in runs for key in _list_loss_parts(run)}
     notes = []
     if any(re.search(r"_\d+$", key) for key in keys if not key.startswith(EXIT_PREFIX)):
@@ -208,7 +209,7 @@ def make_data_section(runs: Sequence[RunFiles]) -> ReportSection:
     if len(largest_sources) > 1:
         shares = [_select_keys(source, "name", "group", "share") for source in largest_sources]
         charts.append(draw_bars("Mixture", shares, "share of the queries", cut_note))
-    lengths = [row for source in largest_sources[:MAX_HISTOGRAM_SOURCES] for row in _list_length_rows(source)]
+    lengths = [row for source in largest_sources[:MAX_HISTOGRAM_SOURCES] for row in _iter_length_rows(source)]
     if lengths:
         charts.append(
             draw_histogram(
@@ -231,7 +232,8 @@ def _select_keys(source: Mapping[str, Any], *keys: str) -> dict[str, Any]:
     return {key: source.get(key) for key in keys}
 
 
-def _list_length_rows(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+def _iter_length_rows(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """Yield the bins of the histogram of token lengths of a source, for `draw_histogram`."""
     tokens = source.get("tokens") or {}
     histogram = tokens.get("histogram") or {"edges": [], "counts": []}
     total = sum(histogram["counts"]) or 1

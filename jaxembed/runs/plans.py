@@ -42,6 +42,7 @@ def open_plans(config: Config) -> list[StagePlans]:
 
 
 def _open_stage_plans(config: Config, index: int) -> StagePlans:
+    """Open the sources of a stage, assign them to its objectives, and plan its batches."""
     stage, prefix = config.stages[index], config.get_key_prefix(index)
     _check_scores(stage, prefix)
     sources = open_sources(stage.data, cache_dir())

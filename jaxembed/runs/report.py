@@ -226,7 +226,8 @@ def summarize_run(run: OpenedRun, seconds: float) -> dict[str, Any]:
     rows = read_metrics(run.run_dir)
     losses = [row for row in rows if "loss" in row]
 
-    def last_scores(prefix: str) -> dict[str, float]:
+    def get_last_scores(prefix: str) -> dict[str, float]:
+        """Return the scores of the last row with keys under a prefix, without it."""
         scored_rows = [row for row in rows if any(key.startswith(f"{prefix}/") for key in row)]
         last = scored_rows[-1] if scored_rows else {}
         return {key.removeprefix(f"{prefix}/"): value for key, value in last.items() if key.startswith(f"{prefix}/")}
@@ -235,8 +236,8 @@ def summarize_run(run: OpenedRun, seconds: float) -> dict[str, Any]:
         "run_dir": str(run.run_dir),
         "step": losses[-1]["step"] if losses else 0,
         "loss": losses[-1]["loss"] if losses else None,
-        "scores": last_scores("eval"),
-        "untrained": last_scores("untrained"),
-        "bm25": last_scores("bm25"),
+        "scores": get_last_scores("eval"),
+        "untrained": get_last_scores("untrained"),
+        "bm25": get_last_scores("bm25"),
         "seconds": round(seconds, 1),
     }

@@ -104,6 +104,7 @@ def make_token_builders(
 
 
 def _make_reader(config: TokenObjectiveConfig, tokenizer: TextTokenizer, key: str) -> ReadTokenTexts:
+    """Return the reader of the texts of an objective. `key` is its config key, for errors."""
     if isinstance(config, MaskedPredictionConfig):
         return MaskedTextReader(config, tokenizer, key)
     assert isinstance(config, CausalLMConfig)

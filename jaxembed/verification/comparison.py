@@ -181,6 +181,7 @@ def compare_with_probes(
 
 
 def _find_refusals(served: ServedVectors) -> list[str]:
+    """Return a finding if the server refuses texts."""
     if not served.refusals:
         return []
     count, first = len(served.refusals), next(iter(served.refusals.values()))
@@ -189,6 +190,7 @@ def _find_refusals(served: ServedVectors) -> list[str]:
 
 
 def _find_length_errors(folder: VerifiedFolder, served: ServedVectors) -> list[str]:
+    """Return a finding if vectors should have unit length, but have not."""
     lengths = np.linalg.norm(served.vectors[served.indices], axis=1)
     if not folder.base.spec.normalize or np.abs(lengths - 1).max() <= MAX_LENGTH_ERROR:
         return []
@@ -197,6 +199,7 @@ def _find_length_errors(folder: VerifiedFolder, served: ServedVectors) -> list[s
 
 
 def _find_group_errors(served: ServedVectors, min_cosine: float) -> list[str]:
+    """Return a finding if vectors depend on the other texts of the request, or such requests are refused."""
     if served.group_refusal:
         return [f"several texts in one request: refused, although each one alone is accepted ({served.group_refusal})."]
     single_vectors, group_vectors = (

@@ -161,6 +161,7 @@ class VariantEncoder:
         return self._truncations[key]
 
     def _compute(self, program: Apply, tokens: TokenVariant, indices: Sequence[int]) -> np.ndarray:
+        """Return the unit vectors of n texts that a program computes after a tokenization, float32 [n, P, W]."""
         inputs = [tokens.rewrite(self.probes[i].prompt, self.probes[i].text) for i in indices]
         embedder = dataclasses.replace(self.embedder, tokenizer=tokens.tokenizer)
         prompts, texts = zip(*inputs, strict=True)
