@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,12 @@ from jaxembed.model.layers import l2_normalize
 
 B, D = 16, 7  # an odd width: the angle similarity pads it
 GRADED: tuple[ObjectiveConfig, ...] = (CoSENTConfig(), AnglEConfig(temperature=0.05), CosineRegressionConfig())
+UAE: tuple[ObjectiveConfig, ...] = (
+    CoSENTConfig(weight=1.0),
+    InfoNCEConfig(weight=35.0, directions=ALL_DIRECTIONS, per_direction=True),
+    AnglEConfig(weight=2.0),
+)
+SUMS = {**{config.name: (config,) for config in GRADED}, "uae": UAE}
 
 
 def draw_scored_batch(random: np.random.Generator, count: int = B, unscored: tuple[int, ...] = ()) -> Batch:
@@ -45,28 +51,28 @@ def draw_vectors(random: np.random.Generator, count: int = B, width: int = D) ->
     return draw_unit_vectors(random, count, width), draw_unit_vectors(random, count, 2, width) * np.array([1, 0])[:, None]
 
 
-def compute_loss(config: ObjectiveConfig, q: Any, d: Any, batch: Batch, shards: int = 1) -> jax.Array:
-    """Return an objective of vectors that are not normalized yet, as the sum of objectives computes it."""
+def compute_loss(configs: Sequence[ObjectiveConfig], q: Any, d: Any, batch: Batch, shards: int = 1) -> jax.Array:
+    """Return the sum of objectives of vectors that are not normalized yet."""
     q, d = l2_normalize(jnp.asarray(q)), l2_normalize(jnp.asarray(d))
-    return Objectives([config])(q, d, batch, jax.random.key(0), {}, shards)[0]
+    return Objectives(configs)(q, d, batch, jax.random.key(0), {}, shards)[0]
 
 
-def rank_all_pairs(similarities: np.ndarray, scores: np.ndarray, temperature: float) -> float:
-    """Return the ranking loss from all pairs of pairs, one by one."""
-    total = 1.0
-    for i, j in itertools.product(range(len(scores)), repeat=2):
-        if scores[i] < scores[j]:
-            total += math.exp((similarities[i] - similarities[j]) / temperature)
-    return math.log(total)
+def rank_all_pairs(similarities: torch.Tensor, scores: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the ranking loss from all pairs of pairs."""
+    differences = (similarities[:, None] - similarities) / temperature
+    return torch.logsumexp(torch.cat([torch.zeros(1), differences[scores[:, None] < scores]]), dim=0)
 
 
 def test_constants() -> None:
     q = jnp.array([[1.0, 0.0]] * 3)
     d = jnp.array([[[1.0, 0.0]], [[0.6, 0.8]], [[0.0, 1.0]]])
     batch = make_batch(list("abc"), [["x"], ["y"], ["z"]]).replace(score=jnp.array([0.2, 1.0, 0.2]))
-    configs = CoSENTConfig(temperature=0.5), AnglEConfig(), CosineRegressionConfig()
+    batch = batch.replace(is_positive=batch.score > 0.5)
+    cosent, angle = CoSENTConfig(temperature=0.5), AnglEConfig()
+    in_batch = InfoNCEConfig(temperature=0.5, weight=35.0, directions=ALL_DIRECTIONS, per_direction=True)
+    sums = [cosent], [angle], [CosineRegressionConfig()], [cosent, in_batch, angle]
     angles, losses = jax.jit(
-        lambda: (compute_angle_similarities(q, d[:, 0]), [compute_loss(config, q, d, batch) for config in configs])
+        lambda: (compute_angle_similarities(q, d[:, 0]), [compute_loss(configs, q, d, batch) for configs in sums])
     )()
     # z = 1 and w = 1, 0.6 + 0.8i, i: z / w = 1, 0.6 - 0.8i, -i.
     np.testing.assert_allclose(angles, [1, 0.2, 1], rtol=1e-6)
@@ -76,6 +82,10 @@ def test_constants() -> None:
         math.log(1 + 2 * math.exp(1 - 0.2)),
         (0.8**2 + 0.4**2 + 0.2**2) / 3,
     ]
+    # UAE: the middle pair is the only positive, of cosine 0.6. The cosines of its query with the other documents are 1 and 0,
+    # with the other queries 1 and 1; those of its document are 0.6 and 0.8, and 0.6 and 0.6.
+    denominators = [sum(math.exp((cosine - 0.6) / 0.5) for cosine in (0.6, *x)) for x in ((1, 0, 1, 1), (0.6, 0.8, 0.6, 0.6))]
+    expected.append(expected[0] + 35 * (math.log(denominators[0]) + math.log(denominators[1])) / 2 + expected[1])
     np.testing.assert_allclose(losses, expected, rtol=1e-6)
 
 
@@ -84,7 +94,7 @@ def test_pairs_without_a_score_do_not_count() -> None:
     (q, d), batch = (x.astype(np.float32) for x in draw_vectors(random)), draw_scored_batch(random, unscored=(0, 5, 9))
     kept = np.isfinite(np.asarray(batch.score))
     for config in GRADED:
-        compute = jax.jit(jax.value_and_grad(lambda q, d, batch, c=config: compute_loss(c, q, d, batch)))
+        compute = jax.jit(jax.value_and_grad(lambda q, d, batch, c=config: compute_loss([c], q, d, batch)))
         value, gradient = compute(q, d, batch)
         alone, _ = compute(q[kept], d[kept], jax.tree.map(lambda x: x[kept], batch))
         assert float(value) == pytest.approx(float(alone), rel=1e-5)
@@ -115,47 +125,54 @@ def test_graded_objectives_agree_with_sentence_transformers(config: ObjectiveCon
     reference, expected = float(value.detach()), leaf.grad.numpy()
     with jax.enable_x64(True):
         batch = batch.replace(score=jnp.array(labels.numpy()))
-        ours, gradient = jax.jit(jax.value_and_grad(lambda q: compute_loss(config, q, jnp.array(d), batch)))(jnp.array(q * 3))
+        ours, gradient = jax.jit(jax.value_and_grad(lambda q: compute_loss([config], q, jnp.array(d), batch)))(jnp.array(q * 3))
     # CosineSimilarityLoss takes its labels as float32.
     assert float(ours) == pytest.approx(reference, rel=1e-6) and float(ours) > 0.1
     assert np.linalg.norm(gradient - expected) <= 1e-6 * np.linalg.norm(expected) and np.linalg.norm(expected) > 1e-3
 
 
 def test_uae_is_its_three_objectives() -> None:
-    """The sum equals AnglE's published formulas: two rankings, and cross-entropy of each text among all texts of the batch."""
+    """Value and gradient are those of AnglE's published formulas: two rankings, and cross-entropy of each text among all."""
     random = np.random.default_rng(2)
     (q, d), batch = draw_vectors(random, width=8), draw_scored_batch(random)
-    scores, positive = np.asarray(batch.score, np.float64), np.asarray(batch.is_positive)
-    texts = np.stack([q, d[:, 0]], axis=1).reshape(-1, 8)  # x0, y0, x1, y1, ...
-    logits = texts @ texts.T * 20
-    np.fill_diagonal(logits, -np.inf)
-    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    partner_log_p = log_p[np.arange(2 * B), np.arange(2 * B) ^ 1].reshape(B, 2)
-    in_batch = -partner_log_p[positive].mean()  # the published code averages over the other pairs too, as zeros
-    cosine = rank_all_pairs(np.sum(q * d[:, 0], axis=1), scores, 1 / 20)
-    z, w = (x[:, :4] + 1j * x[:, 4:] for x in (q, d[:, 0]))
+    scores, is_positive = torch.tensor(np.asarray(batch.score, np.float64)), torch.tensor(np.asarray(batch.is_positive))
+    leaves = [torch.tensor(x, requires_grad=True) for x in (q, d[:, 0])]
+    x, y = (torch.nn.functional.normalize(leaf) for leaf in leaves)
+    texts = torch.stack([x, y], dim=1).reshape(-1, 8)  # x0, y0, x1, y1, ...
+    logits = (texts @ texts.T * 20).fill_diagonal_(-torch.inf)
+    partner = torch.arange(2 * B) ^ 1
+    # The published code averages over the other pairs too, as zeros.
+    in_batch = torch.nn.functional.cross_entropy(logits, partner, reduction="none").reshape(B, 2)[is_positive].mean()
+    cosine = rank_all_pairs((x * y).sum(dim=1), scores, 1 / 20)
+    z, w = (torch.complex(side[:, :4], side[:, 4:]) for side in (x, y))
     ratio = z * w.conj()  # of unit vectors
-    angle = rank_all_pairs(np.abs((ratio.real + ratio.imag).sum(axis=1)), scores, 1.0)
-    configs = [
-        CoSENTConfig(weight=1.0),
-        InfoNCEConfig(weight=35.0, directions=ALL_DIRECTIONS, per_direction=True),
-        AnglEConfig(weight=2.0),
-    ]
-    compute = jax.jit(lambda q, d: Objectives(configs)(q, d, batch, jax.random.key(0), {}, 1))
-    total, parts = compute(jnp.array(q), jnp.array(d))
-    assert float(parts["cosent"]) == pytest.approx(cosine, rel=1e-5)
-    assert float(parts["infonce"]) == pytest.approx(in_batch, rel=1e-5)
-    assert float(parts["angle"]) == pytest.approx(angle, rel=1e-5)
-    assert float(total) == pytest.approx(cosine + 35 * in_batch + 2 * angle, rel=1e-5)
-    assert float(parts["cosent_pairs"]) == B and 0 < positive.sum() < B
+    angle = rank_all_pairs(torch.abs((ratio.real + ratio.imag).sum(dim=1)), scores, 1.0)
+    expected = cosine + 35 * in_batch + 2 * angle
+    expected.backward()
+
+    @jax.jit
+    def compute(q: jax.Array, d: jax.Array) -> Any:
+        def loss(q: jax.Array, d: jax.Array) -> Any:
+            return Objectives(UAE)(l2_normalize(q), l2_normalize(d), batch, jax.random.key(0), {}, 1)
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(q, d)
+
+    (total, parts), grads = compute(jnp.array(q, jnp.float32), jnp.array(d, jnp.float32))
+    assert float(parts["cosent"]) == pytest.approx(cosine.item(), rel=1e-5)
+    assert float(parts["infonce"]) == pytest.approx(in_batch.item(), rel=1e-5)
+    assert float(parts["angle"]) == pytest.approx(angle.item(), rel=1e-5)
+    assert float(total) == pytest.approx(expected.item(), rel=1e-5)
+    assert float(parts["cosent_pairs"]) == B and 0 < is_positive.sum() < B
+    for ours, leaf in zip((grads[0], grads[1][:, 0]), leaves, strict=True):
+        assert np.linalg.norm(ours - leaf.grad.numpy()) <= 1e-5 * np.linalg.norm(leaf.grad.numpy()) != 0
 
 
-@pytest.mark.parametrize("config", GRADED, ids=lambda config: config.name)
-def test_gradients_agree_with_finite_differences(config: ObjectiveConfig) -> None:
+@pytest.mark.parametrize("name", SUMS)
+def test_gradients_agree_with_finite_differences(name: str) -> None:
     random = np.random.default_rng(3)
     with jax.enable_x64(True):
         (q, d), batch = draw_vectors(random), draw_scored_batch(random, unscored=(3,))
-        loss = jax.jit(lambda q, d: compute_loss(config, q, d, batch))
+        loss = jax.jit(lambda q, d: compute_loss(SUMS[name], q, d, batch))
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.array(q), jnp.array(d))
         direction, step = (random.normal(size=q.shape), random.normal(size=d.shape) * np.array([1, 0])[:, None]), 1e-6
         ahead, behind = (loss(q + s * direction[0], d + s * direction[1]) for s in (step, -step))
@@ -164,14 +181,14 @@ def test_gradients_agree_with_finite_differences(config: ObjectiveConfig) -> Non
     assert abs(slope) > 1e-3
 
 
-@pytest.mark.parametrize("config", GRADED, ids=lambda config: config.name)
-def test_eight_devices_rank_the_pairs_of_all(config: ObjectiveConfig) -> None:
+@pytest.mark.parametrize("name", SUMS)
+def test_eight_devices_rank_the_pairs_of_all(name: str) -> None:
     random = np.random.default_rng(4)
     (q, d), batch = draw_vectors(random), draw_scored_batch(random, unscored=(3,))
     inputs = (q.astype(np.float32), d.astype(np.float32), batch)
 
     def loss(q: jax.Array, d: jax.Array, batch: Batch) -> jax.Array:
-        return compute_loss(config, q, d, batch, shards=8)
+        return compute_loss(SUMS[name], q, d, batch, shards=8)
 
     expected = jax.jit(jax.value_and_grad(loss))(*inputs)
     mesh = make_mesh(8)

@@ -209,6 +209,18 @@ def test_hard_labels_and_missing_scores_equal_constants() -> None:
     assert np.isfinite(gradient).all() and not np.asarray(gradient)[1].any() and not np.asarray(gradient)[0, 2].any()
 
 
+def test_embedding_matching_equals_constants() -> None:
+    """The first query and its document have squared distances 0 and 0.8, the second and its documents 2, 0.8 and 0."""
+    q, d = jnp.array([[1.0, 0.0], [1.0, 0.0]]), jnp.array([[[1.0, 0.0], [0.0, 0.0]], [[0.8, 0.6], [0.6, 0.8]]])
+    batch = make_batch(["a", "b"], [["x", None], ["y", "z"]])
+    teacher = FrozenVectors(
+        jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[[0.6, 0.8], [0.0, 1.0]], [[0.0, 1.0], [0.6, 0.8]]])
+    )
+    config = EmbeddingMatchingConfig(teacher="a model")
+    loss = jax.jit(lambda: VECTOR_OBJECTIVES[config.name](config, make_encoded(q, d, batch.replace(teacher=teacher)))[0])()
+    assert float(loss) == pytest.approx(((0 + 0.8) / 2 + (2 + 0.8 + 0) / 3) / 2, rel=1e-6)
+
+
 def test_embedding_matching_through_a_projection() -> None:
     random = np.random.default_rng(1)
     (q, d), batch = draw_vectors(random, jnp.float32), draw_batch(random, jnp.float32)
@@ -329,17 +341,21 @@ def test_an_objective_of_some_sources_is_the_mean_over_their_queries() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [INFONCE["gte"], INFONCE["guide"], INFONCE["focal"], SpreadOutConfig(), DistillationConfig(), MarginMSEConfig()],
+    [
+        INFONCE["gte"], INFONCE["guide"], INFONCE["focal"], SpreadOutConfig(), DistillationConfig(), MarginMSEConfig(),
+        EmbeddingMatchingConfig(teacher="a model"),
+    ],
     ids=lambda config: config.name,
-)
+)  # fmt: skip
 def test_gradients_agree_with_finite_differences(config: ObjectiveConfig) -> None:
     random = np.random.default_rng(2)
     with jax.enable_x64(True):
         (q, d), batch = draw_vectors(random), draw_batch(random)
+        params = Objectives([config]).init_params(D, G, jax.random.key(0)).get(config.name, {})
 
         @jax.jit
         def loss(q: jax.Array, d: jax.Array) -> jax.Array:
-            return VECTOR_OBJECTIVES[config.name](config, make_encoded(q, d, batch))[0]
+            return VECTOR_OBJECTIVES[config.name](config, make_encoded(q, d, batch, params=params))[0]
 
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(q, d)
         direction, step = (random.normal(size=q.shape), random.normal(size=d.shape)), 1e-6

@@ -66,17 +66,25 @@ def test_loss_and_gradients_are_those_of_pytorch(group: int, blocks: None) -> No
         np.testing.assert_allclose(grad, tensor.grad, rtol=2e-4, atol=2e-6)
 
 
-def test_a_loss_computed_by_hand() -> None:
-    """Logits (ln 3, 0) and (0, ln 7): the targets have probabilities 3/4 and 1/8."""
+@pytest.mark.parametrize("config", [MaskedPredictionConfig(), CausalLMConfig()])
+def test_a_loss_computed_by_hand(config: MaskedPredictionConfig | CausalLMConfig) -> None:
+    """Logits (ln 3, 0) and (0, ln 7): the targets have probabilities 3/4 and 1/8. The second has the weight of rate 1/2."""
     hidden, table = jnp.array([[[math.log(3), 0.0], [0.0, math.log(7)]]]), jnp.eye(2)
     batch = draw_arrays()[2].replace(
         target=jnp.array([[0, 0]]), weight=jnp.array([[1.0, 2.0]]), text=jnp.array([[0, 1]]), size=jnp.array([4.0, 4.0])
     )
     quarter, half = math.log(4 / 3) / 4, 2 * math.log(8) / 4
-    loss = token_prediction_loss(MaskedPredictionConfig(), hidden, table, batch)
+    loss = token_prediction_loss(config, hidden, table, batch)
     assert float(loss) == pytest.approx((quarter + half) / 2)
-    by_text = token_prediction_loss(MaskedPredictionConfig(group=1), hidden, table, batch.replace(size=jnp.array([4.0, 0.0])))
+    by_text = token_prediction_loss(config.replace(group=1), hidden, table, batch.replace(size=jnp.array([4.0, 0.0])))
     assert float(by_text) == pytest.approx(quarter)  # the second group has no size, so it does not count
+
+
+def test_a_kl_divergence_computed_by_hand() -> None:
+    """From the distribution (3/4, 1/4) to (1/8, 7/8), and to itself."""
+    states = jnp.array([[[math.log(3), 0.0], [0.0, math.log(7)]]])
+    divergences = kl_divergence(states[:, [0, 0]], states[:, [1, 0]], jnp.eye(2))
+    assert divergences[0].tolist() == pytest.approx([0.75 * math.log(6) - 0.25 * math.log(3.5), 0], abs=1e-6)
 
 
 def test_kl_divergence_is_that_of_pytorch(blocks: None) -> None:
