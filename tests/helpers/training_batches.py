@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,17 @@ def list_all_slots(texts: PackedTexts) -> jax.Array:
     """Return the slots of a batch [slots, 1], including slots without a text."""
     shard_slots = jnp.arange(len(texts.tokens) // texts.shards * texts.segments, dtype=jnp.int32)
     return jnp.tile(shard_slots, texts.shards)[:, None]
+
+
+def assert_sums_are_float32(traced: jax.stages.Traced) -> None:
+    """Check that a program computes matmuls in bfloat16, but sums, exponentials and outputs in float32."""
+    operations = {(name, dtype) for dtype, name in re.findall(r":(\w+)\[[^\]]*\] = (\w+)", str(traced.jaxpr))}
+    assert ("dot_general", "bf16") in operations  # the matmuls of the layers
+    assert {("reduce_sum", "f32"), ("rsqrt", "f32"), ("exp", "f32"), ("reduce_max", "f32"), ("log", "f32")} <= operations
+    bfloat16 = {name for name, dtype in operations if dtype == "bf16"}
+    assert not {name for name in bfloat16 if name.startswith(("reduce", "cum", "scatter"))}
+    assert not bfloat16 & {"exp", "log", "rsqrt", "div", "sqrt"}
+    assert not [leaf for leaf in jax.tree.leaves(traced.out_info) if leaf.dtype == jnp.bfloat16]
 
 
 def assert_trees_close(a: Any, b: Any) -> None:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from helpers.loading import draw_texts, load_model, pack_texts
 from helpers.training_batches import SPEC
@@ -51,6 +53,22 @@ def test_two_copies_of_a_text_differ_and_a_key_repeats_them(base_folder: Callabl
 def test_without_dropout_two_copies_are_equal(base_folder: Callable[[str], Path]) -> None:
     vectors = encode_twice(base_folder("qwen2"), DropoutConfig(), 0)
     np.testing.assert_allclose(vectors, np.broadcast_to(vectors[:1, :1], vectors.shape), atol=1e-6)
+
+
+def test_hidden_dropout_is_where_bert_has_it(base_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the embeddings, and of the output of every block. A fixed mask over the dimensions takes the place of random ones."""
+    mask, base = np.tile([0.0, 2.0], 16).astype(np.float32), base_folder("bert")
+    monkeypatch.setattr("jaxembed.model.transformer.make_dropout", lambda module, rate: lambda x: x * mask)
+    model, params = load_model(base, SPEC)
+    packed, index = pack_texts([TEXT], 32)
+    vector = np.asarray(jax.jit(model.apply)({"params": params}, packed)).reshape(-1, 32)[index[0]]
+    stock = transformers.AutoModel.from_pretrained(base).eval()
+    for name, module in stock.named_modules():
+        if isinstance(module, torch.nn.Dropout) and not name.endswith("self.dropout"):  # that of attention weights
+            module.register_forward_hook(lambda module, inputs, output: output * torch.tensor(mask))
+    with torch.no_grad():
+        expected = stock(torch.tensor(TEXT).long()[None]).last_hidden_state[0].mean(dim=0)
+    np.testing.assert_allclose(vector, torch.nn.functional.normalize(expected, dim=0), atol=1e-5)
 
 
 def test_encoding_has_no_dropout(base_folder: Callable[[str], Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ import torch
 
 from helpers import tiny
 from helpers.loading import draw_texts, load_model, pack_texts
-from helpers.runs import make_config, use_one_device, write_base_and_data
-from helpers.text_batches import make_batch
-from jaxembed import Embedder
+from helpers.runs import make_config, make_staged_config, use_one_device, write_base_and_data
+from helpers.text_batches import draw_unit_vectors, make_batch
+from jaxembed import Embedder, export
+from jaxembed import encode as encode_command
 from jaxembed.config import ExitsConfig, InfoNCEConfig, MatryoshkaConfig
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.packing import PackedTexts
@@ -72,6 +74,41 @@ def test_alignment_is_the_divergence_from_the_whole_model() -> None:
     gradient = jax.grad(lambda v: align_exits(v, present, 0.3)[0])(vectors)
     assert not gradient[:, :, 0].any(), "the whole model is a target"
     assert gradient[:, 0, 1].any()
+
+
+def test_the_sum_over_exits_is_a_constant() -> None:
+    """Cosines with the own and the other document: 1 and 0 of the whole model, 0.8 and 0.6 of the exit."""
+    whole, cut = np.eye(2)[[0, 0, 1, 1]].reshape(2, 2, 2), np.array([[1, 0], [0.8, 0.6], [0, 1], [0.6, 0.8]]).reshape(2, 2, 2)
+    objectives = Objectives([InfoNCEConfig(temperature=0.5)], exits=ExitsConfig(layers=(2,), weights=(0.25,), align=3.0))
+    vectors = jnp.array(np.stack([whole, cut], axis=2), jnp.float32)
+    batch = make_batch(["a", "b"], [["x"], ["y"]])
+    total, metrics = jax.jit(lambda v: objectives.sum_over_exits(v, batch, KEY, {}, 1))(vectors)
+    infonce, at_exit = np.log1p(np.exp(-1 / 0.5)), np.log1p(np.exp(-0.2 / 0.5))
+    # The queries have the same vectors at both; a document has (1, 0) and (0.8, 0.6).
+    p, q = (1 / (1 + np.exp(-difference / 0.3)) for difference in (1, 0.2))
+    divergence = (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))) / 2
+    parts = [float(metrics[name]) for name in ("infonce", "exit_2", "exit_align")]
+    assert [float(total), *parts] == pytest.approx(
+        [infonce + 0.25 * at_exit + 3 * divergence, infonce, at_exit, divergence], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("exits", [ExitsConfig(layers=(2,), weights=(0.5,)), ExitsConfig(random=2, align=0.5)])
+def test_gradients_agree_with_finite_differences(exits: ExitsConfig) -> None:
+    """At two widths. Only the vectors of exits change: those of the whole model are a target without gradient."""
+    generator, step = np.random.default_rng(0), 1e-6
+    objectives = Objectives([InfoNCEConfig(temperature=0.2)], MatryoshkaConfig(dims=(4,)), exits=exits)
+    batch = make_batch(["a", "b", "c"], [["x", "u"], ["y", "v"], ["z", None]])
+    with jax.enable_x64(True):
+        vectors = draw_unit_vectors(generator, 3, 3, 1 + len(exits.all_weights), 6)
+        vectors[2, 2] = 0  # absent
+        direction = generator.normal(size=vectors.shape) * (vectors != 0)
+        direction[:, :, 0] = 0
+        loss = jax.jit(lambda v: objectives.sum_over_exits(v, batch, KEY, {}, 1)[0])
+        slope = float(jnp.sum(jax.jit(jax.grad(loss))(jnp.array(vectors)) * direction))
+        ahead, behind = (loss(jnp.array(vectors + s * direction)) for s in (step, -step))
+    assert float(ahead - behind) / (2 * step) == pytest.approx(slope, rel=1e-6)
+    assert abs(slope) > 1e-3
 
 
 def test_the_loss_agrees_with_sentence_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,15 +171,17 @@ def test_only_the_hidden_states_of_the_exits_are_kept(base_folder: Folder) -> No
     assert two - one < 8 * state
 
 
-def test_a_run_trains_exits_and_its_model_is_cut_there(
+def test_a_stage_trains_exits_and_its_model_is_cut_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     use_one_device(monkeypatch)
     root = write_base_and_data(tmp_path)
-    quick = ("train.steps=2", "train.checkpoint_every=2", "eval.sets=[]", "mesh.data=1", "matryoshka.dims=[8]")
-    config = make_config(root, "run", *quick, "exits={layers: [2], random: 1, align: 0.3}", "gradcache.rows=4")
+    exits = {"exits": {"layers": [2], "random": 1, "align": 0.3}, "matryoshka": {"dims": [8]}, "gradcache": {"rows": 4}}
+    stages = [{"train": {"steps": 1}}, {"train": {"steps": 1}, **exits}]
+    config = make_staged_config(root, "run", stages, "train.checkpoint_every=2", "eval.sets=[]", "mesh.data=1")
     train(config)
-    (row, *_) = [row for row in read_metrics(Path(config.run.dir)) if "loss" in row]
+    before, row = [row for row in read_metrics(Path(config.run.dir)) if "loss" in row]
+    assert "exit_2" not in before
     parts = row["infonce"] + row["infonce_8"] + row["exit_2"] + row["exit_random"] + 0.3 * row["exit_align"]
     assert row["loss"] == pytest.approx(parts, rel=1e-5)
     assert min(row["exit_2"], row["exit_align"]) > 0
@@ -154,7 +193,15 @@ def test_a_run_trains_exits_and_its_model_is_cut_there(
     assert "The model was also trained with only its first 1, 2 layers" in card
     plain = embedder.with_spec(embedder.spec.replace(exit_layers=())).keep_first_layers(2)
     assert "layers: the model was not trained to end after 2 layers (trained exits: [])" in caplog.text
-    np.testing.assert_array_equal(plain.encode(["aaa bbb"]), cut.encode(["aaa bbb"]))
+    vectors = cut.encode(["aaa bbb"])
+    np.testing.assert_array_equal(plain.encode(["aaa bbb"]), vectors)
+    # The commands.
+    (root / "text.txt").write_text("aaa bbb\n")
+    arguments = [config.run.dir, str(root / "text.txt"), str(root / "out.npy"), "--layers", "2"]
+    encode_command.main(encode_command.make_parser().parse_args(arguments))
+    np.testing.assert_allclose(np.load(root / "out.npy"), vectors, atol=1e-6)
+    export.main(export.make_parser().parse_args([config.run.dir, str(root / "export"), "--layers", "2"]))
+    assert json.loads((root / "export" / "config.json").read_text())["num_hidden_layers"] == 2
 
 
 @pytest.mark.parametrize(
@@ -172,3 +219,10 @@ def test_exits_that_the_model_does_not_have_are_refused(tmp_path: Path, exits: s
     with pytest.raises(UserError, match=problem):
         train(make_config(root, "run", "mesh.data=1", f"exits={exits}"))
     assert not (root / "run" / "base.json").exists()
+
+
+def test_the_message_names_the_stage(tmp_path: Path) -> None:
+    stages: list[dict[str, Any]] = [{"train": {"steps": 1}}, {"train": {"steps": 1}, "exits": {"layers": [3]}}]
+    root = write_base_and_data(tmp_path)
+    with pytest.raises(UserError, match=r"^stages\.1\.exits\.layers contains 3"):
+        train(make_staged_config(root, "run", stages, "mesh.data=1"))

@@ -17,6 +17,7 @@ from helpers.text_batches import ALL_DIRECTIONS, draw_unit_vectors
 from helpers.training_batches import SPEC, assert_trees_close, build_host_batches, list_all_slots
 from jaxembed.config import (
     DistillationConfig,
+    DropoutConfig,
     EmbeddingMatchingConfig,
     ExitsConfig,
     InfoNCEConfig,
@@ -135,8 +136,10 @@ def find_loop_bodies(text: str) -> list[str]:
 
 
 def test_dropout_is_the_same_when_a_chunk_is_recomputed(base_folder: Folder, source: Source) -> None:
+    """Dropout of adapters, of hidden states, and of attention weights."""
     lora = LoraConfig(rank=4, alpha=8.0, dropout=0.3, targets=("q_proj", "down_proj"))
-    model, params = load_model(base_folder("qwen2"), SPEC, 1, lora=lora, unroll=False)
+    dropout = DropoutConfig(hidden=0.1, attention=0.2)
+    model, params = load_model(base_folder("qwen2"), SPEC, 1, lora=lora, unroll=False, dropout=dropout)
     trained, frozen = split_params(params)
     texts = build_host_batches(source, 1, 1, row_length=32)[0].batch.texts
     chunks = len(texts.tokens) // CHUNK_ROWS

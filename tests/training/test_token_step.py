@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from helpers import tiny
 from helpers.loading import load_model
-from helpers.training_batches import SPEC, assert_trees_close, build_host_batches, open_letter_pairs
+from helpers.training_batches import SPEC, assert_sums_are_float32, assert_trees_close, build_host_batches, open_letter_pairs
 from jaxembed.config import (
     CausalLMConfig,
     InfoNCEConfig,
@@ -43,11 +43,21 @@ from jaxembed.model.lora import join_params, merge_adapters, split_params
 from jaxembed.training.step import compute_batch_loss
 
 MNTP = MaskedPredictionConfig(mask_rate=0.4, group=4)
+DIFFUSION = MaskedPredictionConfig(
+    mask_rate=0.1, max_mask_rate=1.0, mask_rule="all", token_weight="inverse_rate", predict_from="same", group=4
+)
 CAUSAL_LM = CausalLMConfig(group=4)
 PREFIX_LM = CausalLMConfig(group=4, attention="prefix_lm")
 BY_TEXTS = CausalLMConfig(group=4, average="texts")
 KL = CausalLMConfig(group=4, kl_to_base=10.0)
-OBJECTIVES = {"mntp": MNTP, "causal_lm": CAUSAL_LM, "prefix_lm": PREFIX_LM, "by_texts": BY_TEXTS, "kl": KL}
+OBJECTIVES = {
+    "mntp": MNTP,
+    "diffusion": DIFFUSION,
+    "causal_lm": CAUSAL_LM,
+    "prefix_lm": PREFIX_LM,
+    "by_texts": BY_TEXTS,
+    "kl": KL,
+}
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +137,22 @@ def torch_token_loss(model: Any, texts: list[TokenText], config: TokenObjectiveC
     return torch.stack(losses).mean()
 
 
+def torch_diffusion_loss(model: Any, texts: list[TokenText]) -> torch.Tensor:
+    """Return LLaDA's loss of masked tokens, as its guidelines have it: divided by the rate of the text, and by all tokens."""
+    losses = []
+    for start in range(0, len(texts), 4):
+        total = torch.zeros(())
+        for text in texts[start : start + 4]:
+            input_ids, targets = (torch.tensor(x).long() for x in (text.tokens, text.targets))
+            masked_indices, p_mask = targets != NOT_PREDICTED, 1 / text.weight
+            logits = model(input_ids=input_ids[None]).logits[0]
+            total = total + torch.sum(
+                torch.nn.functional.cross_entropy(logits[masked_indices], targets[masked_indices], reduction="none") / p_mask
+            )
+        losses.append(total / sum(len(text.tokens) for text in texts[start : start + 4]))
+    return torch.stack(losses).mean()
+
+
 def build_prefix_mask(text: TokenText) -> torch.Tensor:
     """Return the additive mask [1, 1, T, T] of a text whose context is bidirectional."""
     length = len(text.tokens)
@@ -155,16 +181,21 @@ def assert_gradients_close(grads: Any, model: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "base_name"),
-    [*((name, base) for name in ("mntp", "causal_lm", "prefix_lm") for base in ("qwen2", "with_head")), ("by_texts", "qwen2")],
-)
+    [
+        *((name, base) for name in ("mntp", "causal_lm", "prefix_lm") for base in ("qwen2", "with_head")),
+        ("by_texts", "qwen2"), ("diffusion", "qwen2"),
+    ],
+)  # fmt: skip
 def test_the_loss_and_its_gradient_are_those_of_transformers(
     base_folder: Callable[[str], Path], folder: Path, name: str, base_name: str
 ) -> None:
     """Through the tied embedding, whose gradient has a part of the input and a part of the head, or a separate head."""
     base, config = find_base(base_name, base_folder, folder), OBJECTIVES[name]
     loss, grads = compute(folder, base, make_mesh(1), config)
-    model, builder = load_torch_model(base, is_causal=name != "mntp"), make_builder(folder, 1, config)
-    expected = torch_token_loss(model, builder.read_texts(0, builder.plan[0]), config)
+    model = load_torch_model(base, is_causal=isinstance(config, CausalLMConfig))
+    builder = make_builder(folder, 1, config)
+    texts = builder.read_texts(0, builder.plan[0])
+    expected = torch_diffusion_loss(model, texts) if config is DIFFUSION else torch_token_loss(model, texts, config)
     expected.backward()
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-5)
     assert ("head" in grads) == (base_name == "with_head")
@@ -209,7 +240,12 @@ def test_grit_is_the_sum_of_both_losses_over_the_same_weights(folder: Path) -> N
 
 @pytest.mark.parametrize(
     ("name", "base_name", "fsdp", "lora"),
-    [("mntp", "qwen2", 1, True), ("mntp", "qwen2", 2, False), ("causal_lm", "with_head", 2, False), ("kl", "qwen2", 1, True)],
+    [
+        ("mntp", "qwen2", 1, True),
+        ("diffusion", "qwen2", 2, False),
+        ("causal_lm", "with_head", 2, False),
+        ("kl", "qwen2", 1, True),
+    ],
 )
 def test_eight_devices_in_chunks_equal_one(
     base_folder: Callable[[str], Path], folder: Path, name: str, base_name: str, fsdp: int, lora: bool
@@ -223,6 +259,15 @@ def test_eight_devices_in_chunks_equal_one(
     assert float(loss) == pytest.approx(float(sharded_loss), rel=1e-5) and loss > 1
     parts = grads.keys() & {"decoder", "head"}
     assert_trees_close({part: grads[part] for part in parts}, {part: sharded_grads[part] for part in parts})
+
+
+def test_sums_are_float32_under_bfloat16(folder: Path) -> None:
+    """Of the losses, and of the divergence from the base."""
+    lora = LoraConfig(rank=4, alpha=8.0)
+    model, params = load_model(folder / "with_head", SPEC, lora=lora, has_head=True, dtype=jnp.bfloat16)
+    objectives, batch = Objectives([KL]), Batch(token_batches={"causal_lm": make_builder(folder, 1, KL)(0).batch})
+    loss = jax.jit(lambda params, batch: compute_batch_loss(model, objectives, params, batch, jax.random.key(0)))
+    assert_sums_are_float32(loss.trace(params, batch))
 
 
 def test_the_kl_divergence_is_to_the_base_without_adapters(base_folder: Callable[[str], Path], folder: Path) -> None:
