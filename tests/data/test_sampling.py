@@ -71,6 +71,15 @@ def test_draws_depend_only_on_the_generator_and_appear_among_the_pairs(tmp_path:
     assert {(example.query, example.positive) for examples in draws for example in examples} <= pairs
 
 
+def test_a_text_alone_is_its_own_positive(tmp_path: Path) -> None:
+    source = open_source_file(write_jsonl(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}]))
+    examples = [example for index in range(len(source)) for example in draw_examples(source, index, 2)]
+    assert {(example.query, example.positive, example.negatives) for example in examples} == {
+        ("one", "one", ()),
+        ("two", "two", ()),
+    }
+
+
 def test_label_names_replace_labels(tmp_path: Path) -> None:
     source = open_source_file(write_jsonl(tmp_path / "a.jsonl", TWO_LABEL_ROWS), label_names=LABEL_NAMES)
     example = source.draw(1, np.random.default_rng(0), 3)

@@ -43,9 +43,10 @@ def test_a_stage_of_graded_objectives_after_one_of_pairs(
 ) -> None:
     """With Matryoshka, gradient caching and LoRA. The stage of pairs takes only the positives."""
     use_one_device(monkeypatch)
+    regression = {"name": "cosine_regression", "weight": 0.1}
     stages = [
         {"train": {"steps": 1}},
-        {"train": {"steps": 24}, "objectives": UAE, "matryoshka": {"dims": [16]}, "gradcache": {"rows": 2},
+        {"train": {"steps": 24}, "objectives": [*UAE, regression], "matryoshka": {"dims": [16]}, "gradcache": {"rows": 2},
          "optim": {"learning_rate": 5e-3, "warmup_steps": 0}},
     ]  # fmt: skip
     sources = f"data.sources={json.dumps(list_sources(folder))}"
@@ -55,7 +56,7 @@ def test_a_stage_of_graded_objectives_after_one_of_pairs(
     assert result["step"] == 25
     rows = [row for row in read_metrics(folder / "staged") if "cosent" in row]
     assert len(rows) == 24 and np.mean([r["cosent"] for r in rows[-6:]]) < 0.7 * np.mean([r["cosent"] for r in rows[:4]])
-    assert all(0 < row["cosent_pairs"] < 16 and {"angle_16", "infonce_16"} < set(row) for row in rows)
+    assert all(0 < row["cosent_pairs"] < 16 and {"angle_16", "infonce_16", "cosine_regression_16"} < set(row) for row in rows)
     assert "  graded: scores from 0 to 1; 48 pairs have at least min_score, 1, and are positives" in caplog.messages
     assert any(message.startswith("sts (scored_pairs): 48 examples") for message in caplog.messages)  # of the first stage
     assert any(message.startswith("sts (scored_pairs): 96 examples") for message in caplog.messages)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
+import torch
 import transformers
 
 from helpers import tiny
@@ -114,11 +115,18 @@ def test_a_resumed_run_has_the_same_losses_and_vectors(folder: Path, run: Path, 
 
 
 def test_exported_adapters_are_of_the_base_itself(folder: Path, run: Path, tmp_path: Path) -> None:
+    """As jaxembed reads them, and as LLM2Vec does: by peft on the base, with a bidirectional mask and mean pooling."""
     export_adapters(run, tmp_path / "adapters", "last")
     assert read_json(tmp_path / "adapters" / "adapter_config.json")["r"] == 12  # 4 of each stage
-    np.testing.assert_allclose(
-        Embedder.load(str(tmp_path / "adapters")).encode(tiny.TEXTS), load(run, 5).encode(tiny.TEXTS), atol=1e-5
-    )
+    embedder = load(run, 5)
+    vectors = embedder.encode(tiny.TEXTS)
+    np.testing.assert_allclose(Embedder.load(str(tmp_path / "adapters")).encode(tiny.TEXTS), vectors, atol=1e-5)
+    base = transformers.AutoModel.from_pretrained(folder / "with_head", is_causal=False, attn_implementation="eager")
+    model = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapters")).eval()
+    for ids, vector in zip(embedder.tokenizer(tiny.TEXTS, [""] * len(tiny.TEXTS)).ids, vectors, strict=True):
+        with torch.no_grad():
+            pooled = model(torch.tensor(ids).long()[None]).last_hidden_state[0].mean(dim=0)
+        np.testing.assert_allclose(torch.nn.functional.normalize(pooled, dim=0), vector, atol=1e-5)
 
 
 def test_the_hash_of_the_model_covers_merged_adapters(folder: Path, run: Path) -> None:

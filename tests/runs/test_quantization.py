@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.runs import make_config, use_one_device, write_base_and_data
+from helpers.runs import make_config, make_staged_config, use_one_device, write_base_and_data
 from jaxembed import Embedder, encode, export
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import open_held_out_sets
@@ -26,7 +26,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_base_and_data(tmp_path)
 
 
-def test_a_run_trains_and_scores_quantized_vectors_and_keeps_its_ranges(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_trains_and_scores_quantized_vectors_and_keeps_its_ranges(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [json.loads(line)["query"] for line in (root / "pairs.jsonl").read_text().splitlines()]
     ranges = merge_ranges(None, Embedder.load(root / "base").encode(texts))
     np.save(root / "ranges.npy", ranges)
@@ -35,10 +35,12 @@ def test_a_run_trains_and_scores_quantized_vectors_and_keeps_its_ranges(root: Pa
         for name in ("float32", "int8", "binary")
     ]
     quantization = {"precisions": ["int8", "binary"], "weights": [1.0, 0.5], "ranges": str(root / "ranges.npy")}
-    config = make_config(root, "run", *QUICK, f"eval.sets={json.dumps(sets)}", f"quantization={json.dumps(quantization)}")
+    stages = [{"train": {"steps": 1}}, {"train": {"steps": 1}, "quantization": quantization}]
+    config = make_staged_config(root, "run", stages, *QUICK, f"eval.sets={json.dumps(sets)}")
     scores = train(config)["scores"]
     run_dir = Path(config.run.dir)
-    (row, *_) = [row for row in read_metrics(run_dir) if "loss" in row]
+    before, row = [row for row in read_metrics(run_dir) if "loss" in row]
+    assert "infonce_int8" not in before
     assert row["loss"] == pytest.approx(row["infonce"] + row["infonce_int8"] + 0.5 * row["infonce_binary"], rel=1e-5)
     # The scores are those of quantized vectors.
     np.testing.assert_array_equal(np.load(run_dir / RANGES_FILE), ranges)

@@ -165,21 +165,27 @@ def read_head_of_run(run: Path) -> np.ndarray:
 
 
 def test_tokens_and_vectors_in_one_stage_after_one_of_tokens(folder: Path) -> None:
-    """With adapters, under which the head is frozen."""
-    sources = [{"path": str(folder / "texts.jsonl")}, {"path": str(folder / "pairs.jsonl")}]
+    """Answers near those of the base, then masked diffusion beside InfoNCE. With adapters, under which the head is frozen."""
+    texts, pairs, chats = ({"path": str(folder / f"{name}.jsonl")} for name in ("texts", "pairs", "chats"))
+    answers = {**CAUSAL_LM, "kl_to_base": 0.1}
+    diffusion = {
+        "name": "mntp", "mask_rate": 0.1, "max_mask_rate": 1.0, "mask_rule": "all", "token_weight": "inverse_rate",
+        "predict_from": "same", "batch_size": 8,
+    }  # fmt: skip
     stages = [
-        {"train": {"steps": 1}, "objectives": [MNTP], "data": {"sources": sources[:1]}},
-        {"train": {"steps": 2}, "objectives": [{**MNTP, "batch_size": 8}, {"name": "infonce"}], "data": {"sources": sources}},
+        {"train": {"steps": 2}, "objectives": [answers], "data": {"sources": [chats]}},
+        {"train": {"steps": 2}, "objectives": [diffusion, {"name": "infonce"}], "data": {"sources": [texts, pairs]}},
     ]
     base = f"model.base={folder / 'with_head'}"
     config = make_staged_config(folder, "staged", stages, base, "model.lora={rank: 4}", "eval.sets=[]")
-    assert train(config)["step"] == 3
-    rows = [json.loads(line) for line in (folder / "staged" / "metrics.jsonl").read_text().splitlines()]
-    both = [row for row in rows if "infonce" in row]
+    assert train(config)["step"] == 4
+    first, second, *both = [row for row in read_metrics(folder / "staged") if "loss" in row]
+    assert first["causal_lm_kl"] == pytest.approx(0, abs=1e-5) and second["causal_lm_kl"] > 1e-5
+    assert second["loss"] == pytest.approx(second["causal_lm"] + 0.1 * second["causal_lm_kl"], rel=1e-5)
     assert len(both) == 2 and all(row["loss"] == pytest.approx(row["infonce"] + row["mntp"], rel=1e-5) for row in both)
     _, reports = json.loads((folder / "staged" / "data.json").read_text())
     assert [report.get("objective") for report in reports] == [None, "mntp"]
-    assert train(config)["step"] == 3  # resumes
+    assert train(config)["step"] == 4  # resumes
 
 
 @pytest.mark.parametrize(
