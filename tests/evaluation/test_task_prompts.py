@@ -95,8 +95,8 @@ def test_scores_belong_to_the_tables_of_their_instructions() -> None:
 def test_choice_of_prompts_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "jaxembed")
     for spec in (EmbeddingSpec(), EmbeddingSpec(prompts={"query": "q: "}), INSTRUCT_SPEC, INSTRUCT_SPEC):
-        PromptChooser(spec).log()
-    PromptChooser(INSTRUCT_SPEC.replace(instruction_table="kalm"), InstructionTable(), "own.yaml").log()
+        PromptChooser(spec).log_origins()
+    PromptChooser(INSTRUCT_SPEC.replace(instruction_table="kalm"), InstructionTable(), "own.yaml").log_origins()
     assert [record.message for record in caplog.records] == [
         "queries get the prompt '', because no prompts are stored with the model; documents get ''",
         "queries get the stored prompt 'q: '; documents get ''",
