@@ -36,8 +36,8 @@ def test_scores_are_the_cosines_of_the_stored_values() -> None:
 
 
 def test_quantized_vectors_are_constants() -> None:
-    """Steps of 0.01 from -0.995: 0.6 is level 159, which is 31 as int8, -0.8 is level 19, and 2 is clipped to level 255."""
-    vectors, ranges = jnp.array([[0.6, -0.8], [2.0, 0.0]]), ((-0.995,) * 2, (1.555,) * 2)
+    """Steps of 0.01 from -0.998: 0.6 is level 159, which is 31 as int8, -0.8 is level 19, and 2 is clipped to level 255."""
+    vectors, ranges = jnp.array([[0.6, -0.8], [2.0, 0.0]]), ((-0.998,) * 2, (1.552,) * 2)
     expected = np.array([[31, -109], [127, -29]]) / np.sqrt([[31**2 + 109**2], [127**2 + 29**2]])
     np.testing.assert_allclose(quantize_straight_through(vectors, "int8", ranges), expected, rtol=1e-6)
     half = 0.5**0.5

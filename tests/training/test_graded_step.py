@@ -86,3 +86,6 @@ def test_sums_are_float32_under_bfloat16(base_folder: Callable[[str], Path], sou
     objectives = dataclasses.replace(OBJECTIVES, exits=ExitsConfig(random=1, align=0.5))
     loss = jax.jit(lambda params, batch: compute_batch_loss(model, objectives, params, batch, jax.random.key(0)))
     assert_sums_are_float32(loss.trace(params, batch))
+    vectors = jnp.ones((BATCH_SIZE, 4, 2, 32))  # of a query and three documents, from the whole model and an exit
+    program = jax.make_jaxpr(lambda v, b: objectives.sum_over_exits(v, b, jax.random.key(0), {}, 1)[0])(vectors, batch)
+    assert "bf16" not in str(program)
