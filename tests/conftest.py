@@ -58,12 +58,14 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 50)
 
 SLOWEST_FILES = (
-    "test_processes", "test_crashes", "test_sharded_step", "test_step", "test_layouts", "test_train", "test_export",
-    "test_objectives", "test_stages", "test_kernels", "test_docs", "test_gradcache", "test_lora", "test_recipes",
-    "test_evaluate_command", "test_diagnosis", "test_families", "test_parity", "test_cpu", "test_peft", "test_onnx",
-    "test_adapters", "test_packing", "test_published", "test_planning", "test_earlier_run", "test_pooling",
-    "test_mined", "test_notebook", "test_blas", "test_embedder", "test_quantization", "test_encoders", "test_browser",
-    "test_scoring", "test_submission", "test_frozen_encoder", "test_python_packages", "test_losses", "test_scratch",
+    "test_processes", "test_crashes", "test_ray_cluster", "test_large_vocabulary", "test_layouts", "test_recipes",
+    "test_token_runs", "test_sharded_step", "test_step", "test_gradcache", "test_docs", "test_train", "test_export",
+    "test_stages", "test_onnx", "test_token_step", "test_objectives", "test_cpu", "test_parity",
+    "test_synthesize_command", "test_evaluate_command", "test_kernels", "test_families", "test_exits", "test_browser",
+    "test_earlier_run", "test_graded", "test_notebook", "test_lora", "test_merged_adapters", "test_graded_step",
+    "test_adapters", "test_quantization", "test_published", "test_mined", "test_diagnosis", "test_pruning",
+    "test_packing", "test_encoders", "test_peft", "test_submission", "test_mfu", "test_embedder", "test_planning",
+    "test_dropout", "test_tokenizer_config", "test_scoring",
 )  # fmt: skip
 
 
