@@ -18,9 +18,9 @@ import functools
 import logging
 import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from finished_runs import FinishedRuns, Scores
@@ -42,6 +42,19 @@ FIRST_ANSWERS, LAST_ANSWERS = "answers, first steps", "answers, last steps"
 ANSWER_STEPS = 3  # steps whose losses of answers are averaged
 RANGE_TEXTS = 500  # texts of the pairs whose vectors give the ranges of int8
 INFONCE = {"name": "infonce", "temperature": 0.05}
+LORA = {"rank": 16, "alpha": 32}
+
+
+class Row(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        stages: Its stages.
+        lora: Adapters that are trained instead of the whole model, if any.
+    """
+
+    stages: Sequence[dict[str, Any]]
+    lora: dict[str, Any] | None = None
 
 
 def write_sources(folder: Path, pairs: Path) -> dict[str, str]:
@@ -57,8 +70,8 @@ def write_sources(folder: Path, pairs: Path) -> dict[str, str]:
     return {"pairs": str(pairs), **{name: str(path) for name, path in paths.items()}}
 
 
-def list_rows(paths: dict[str, str], exits: list[int], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Return the stages of each row.
+def list_rows(paths: dict[str, str], exits: list[int], args: argparse.Namespace) -> dict[str, Row]:
+    """Return the rows by name.
 
     Args:
         paths: Path of each source by name, and of the ranges of int8.
@@ -76,40 +89,45 @@ def list_rows(paths: dict[str, str], exits: list[int], args: argparse.Namespace)
     simcse = make_stage([INFONCE], "texts", dropout={"attention": 0.3})
     matching = {"name": "embedding_matching", "teacher": args.teacher}
     rates = {"mask_rate": 0.001, "max_mask_rate": 1.0, "mask_rule": "all", "token_weight": "inverse_rate"}
-    distilled = {
-        "embedding matching": [make_stage([matching], "pairs")],
-        "InfoNCE and embedding matching": [make_stage([INFONCE, matching], "pairs")],
+    grit, near_grit = (
+        make_stage([INFONCE, {"name": "causal_lm", "kl_to_base": weight}], "pairs", "chats") for weight in (0.0, 1.0)
+    )
+    versions: dict[str, dict[str, Any]] = {
+        "InfoNCE, fixed exits": {"exits": {"layers": exits}},
+        "InfoNCE, 2DMSE": {"matryoshka": {"dims": [128]}, "exits": {"random": 1, "align": 0.3}},
+        "InfoNCE, int8 and binary": {"quantization": {"precisions": QUANTIZED, "ranges": paths["ranges"]}},
     }
-    versions = {
-        "InfoNCE, fixed exits": [{**contrastive, "exits": {"layers": exits}}],
-        "InfoNCE, 2DMSE": [{**contrastive, "matryoshka": {"dims": [128]}, "exits": {"random": 1, "align": 0.3}}],
-        "InfoNCE, int8 and binary": [{**contrastive, "quantization": {"precisions": QUANTIZED, "ranges": paths["ranges"]}}],
+    rows = {
+        "InfoNCE": Row([contrastive]),
+        "MNTP, then InfoNCE": Row([mntp, contrastive]),
+        "MNTP, SimCSE, then InfoNCE (LLM2Vec)": Row([mntp, simcse, contrastive]),
+        "GRIT: InfoNCE and answers": Row([grit]),
+        "GRIT with adapters": Row([grit], LORA),
+        "GRIT with adapters, KL to the base": Row([near_grit], LORA),
+        "SimCSE, then InfoNCE": Row([simcse, contrastive]),
+        "masked diffusion, then InfoNCE": Row([make_stage([{"name": "mntp", **rates}], "texts"), contrastive]),
     }
-    return {
-        "InfoNCE": [contrastive],
-        "MNTP, then InfoNCE": [mntp, contrastive],
-        "MNTP, SimCSE, then InfoNCE (LLM2Vec)": [mntp, simcse, contrastive],
-        "GRIT: InfoNCE and answers": [make_stage([INFONCE, {"name": "causal_lm"}], "pairs", "chats")],
-        "SimCSE, then InfoNCE": [simcse, contrastive],
-        "masked diffusion, then InfoNCE": [make_stage([{"name": "mntp", **rates}], "texts"), contrastive],
-        **(versions if args.versions else {}),
-        **(distilled if args.teacher else {}),
-    }
+    if args.versions:
+        rows |= {name: Row([contrastive | changes]) for name, changes in versions.items()}
+    if args.teacher:
+        rows["embedding matching"] = Row([make_stage([matching], "pairs")])
+        rows["InfoNCE and embedding matching"] = Row([make_stage([INFONCE, matching], "pairs")])
+    return rows
 
 
-def train_row(stages: list[dict[str, Any]], seed: int, run: Path, args: argparse.Namespace) -> None:
-    """Train the stages of a row with one seed. `run` becomes the run directory."""
-    first, *_ = stages
+def train_row(row: Row, seed: int, run: Path, args: argparse.Namespace) -> None:
+    """Train a row with one seed. `run` becomes the run directory."""
+    first, *_ = row.stages
     tree: dict[str, Any] = {
         "run": {"dir": str(run)},
         "model": {"base": args.base, "attention": "bidirectional", "pooling": {"kind": "mean"}, "unroll": False,
-                  "dtype": args.dtype},
+                  "dtype": args.dtype, "lora": row.lora},
         "data": {"max_length": args.max_length, **first["data"]},
         "optim": {"learning_rate": args.learning_rate, "warmup_steps": 3},
         "train": {"batch_size": args.batch_size, "seed": seed, "log_every": 1, "eval_every": 10**6, "checkpoint_every": 10**6},
         "eval": {"untrained": False},
         "mesh": {"data": 1},
-        "stages": stages,
+        "stages": row.stages,
     }  # fmt: skip
     train(parse_config(tree, "benchmark"))
 
@@ -184,8 +202,8 @@ def main() -> None:
     finished = FinishedRuns(args.out, {name: value for name, value in vars(args).items() if name not in ignored})
     finished.run_missing(lambda _: score_model(untrained, held_out, range_texts), row=UNTRAINED, seed=0)
 
-    def measure(stages: list[dict[str, Any]], seed: int, run: Path) -> Scores:
-        train_row(stages, seed, run, args)
+    def measure(row: Row, seed: int, run: Path) -> Scores:
+        train_row(row, seed, run, args)
         return score_run(run, held_out, range_texts)
 
     for name in args.only or rows:

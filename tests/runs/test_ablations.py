@@ -124,9 +124,9 @@ def test_every_row_of_the_objectives_is_a_valid_config(
     trained: list[Any] = []
     monkeypatch.setattr(adaptation, "train", trained.append)
     paths = {name: str(Path(data) / "ag_news" / "pairs_train.jsonl") for name in ("pairs", "texts", "chats", "ranges")}
-    for stages in adaptation.list_rows(paths, [1], args).values():
-        adaptation.train_row(stages, 0, Path("run"), args)
-    assert len({run.dump() for run in trained}) == 11
+    for row in adaptation.list_rows(paths, [1], args).values():
+        adaptation.train_row(row, 0, Path("run"), args)
+    assert len({run.dump() for run in trained}) == 13
 
 
 def test_effects_within_the_spread_have_no_direction(ablations: Any) -> None:
