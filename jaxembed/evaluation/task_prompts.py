@@ -91,7 +91,8 @@ class PromptChooser:
         elif (fixed_prompt := _find_fixed_prompt(self.spec)) is not None:
             other_note += f"the stored prompt {fixed_prompt!r}"
         else:
-            other_note += f"mteb's instruction in {self.spec.instruction_template!r}"
+            stored_note = "the stored prompt of the task or of its type, or without one " if self._has_query_prompts() else ""
+            other_note += f"{stored_note}mteb's instruction in {self.spec.instruction_template!r}"
         prompt_kind = "the stored prompt " if self._find_document_prompt() is not None else ""
         log_once(f"{table_note}{other_note}; documents get {prompt_kind}{self._document_prompt!r}", logging.INFO)
 
@@ -100,6 +101,10 @@ class PromptChooser:
             yield self.user_table_name, self.user_table
         if self.spec.instruction_table:
             yield f"the table {self.spec.instruction_table}", load_instruction_table(self.spec.instruction_table)
+
+    def _has_query_prompts(self) -> bool:
+        """Return whether the model has prompts, apart from those of documents."""
+        return bool(self.spec.prompts.keys() - set(DOCUMENT_PROMPTS))
 
     @property
     def _document_prompt(self) -> str:

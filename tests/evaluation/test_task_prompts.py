@@ -97,10 +97,13 @@ def test_choice_of_prompts_is_logged_once(caplog: pytest.LogCaptureFixture) -> N
     for spec in (EmbeddingSpec(), EmbeddingSpec(prompts={"query": "q: "}), INSTRUCT_SPEC, INSTRUCT_SPEC):
         PromptChooser(spec).log_origins()
     PromptChooser(INSTRUCT_SPEC.replace(instruction_table="kalm"), InstructionTable(), "own.yaml").log_origins()
+    PromptChooser(INSTRUCT_SPEC.replace(prompts={"STS": "Instruct: Find it\nQuery: "})).log_origins()
     assert [record.message for record in caplog.records] == [
         "queries get the prompt '', because no prompts are stored with the model; documents get ''",
         "queries get the stored prompt 'q: '; documents get ''",
         f"queries get mteb's instruction in {TEMPLATE!r}; documents get the stored prompt 'd: '",
         f"instructions come from own.yaml, then the table kalm; other tasks get mteb's instruction in {TEMPLATE!r}; documents "
         "get the stored prompt 'd: '",
+        f"queries get the stored prompt of the task or of its type, or without one mteb's instruction in {TEMPLATE!r}; "
+        "documents get ''",
     ]
