@@ -29,7 +29,7 @@ docs: $(VENV)/.dev  ## builds the documentation into site/
 
 test: $(VENV)/.dev  ## the checks, then the tests, offline
 	$(MAKE) --jobs=2 check docs
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # These files record what was installed, and when.
 $(BIN)/python:
