@@ -78,14 +78,8 @@ def score_average_precision(values: Float[np.ndarray, "n c"], indices: Int[np.nd
     thresholds = np.empty(len(order), np.int64)
     thresholds[order] = sorted_thresholds
     threshold_count = int(sorted_thresholds[-1]) + 1
-    first_bins = np.arange(len(indices))[:, None] * threshold_count  # each resample has its own bins
-
-    def count(weights: np.ndarray) -> np.ndarray:
-        counts = np.bincount((thresholds[indices] + first_bins).ravel(), weights.ravel(), len(indices) * threshold_count)
-        return counts.reshape(len(indices), -1)
-
     # Sum the precision at each threshold times the share of the positives that are reached there.
-    totals, positives = count(np.ones(indices.shape)), count(values[:, 1][indices])
+    totals, positives = (count_codes(thresholds, indices, threshold_count, weights) for weights in (None, values[:, 1]))
     with np.errstate(invalid="ignore", divide="ignore"):
         precision = np.cumsum(positives, axis=1) / np.cumsum(totals, axis=1)
         return np.nansum(precision * positives, axis=1) / positives.sum(axis=1)
@@ -100,16 +94,31 @@ def score_weighted_f1(values: Float[np.ndarray, "n c"], indices: Int[np.ndarray,
     """
     distinct_labels, label_numbers = np.unique(values[:, :2], return_inverse=True)
     labels, predictions = label_numbers.reshape(-1, 2).T
-    first_bins = np.arange(len(indices))[:, None] * len(distinct_labels)  # each resample has its own bins
-
-    def count(codes: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-        item_weights = None if weights is None else weights[indices].ravel()
-        counts = np.bincount((codes[indices] + first_bins).ravel(), item_weights, len(indices) * len(distinct_labels))
-        return counts.reshape(len(indices), -1)
-
-    support, predicted, hits = count(labels), count(predictions), count(labels, labels == predictions)
+    label_count = len(distinct_labels)
+    support, predicted = (count_codes(codes, indices, label_count) for codes in (labels, predictions))
+    hits = count_codes(labels, indices, label_count, labels == predictions)
     f1 = 2 * hits / np.maximum(support + predicted, 1)
     return np.asarray((support * f1).sum(axis=1) / indices.shape[1])
+
+
+def count_codes(
+    codes: Int[np.ndarray, " n"],
+    indices: Int[np.ndarray, "r n"],
+    code_count: int,
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return how often each resample has each code, [R, C].
+
+    Args:
+        codes: The code of each item, from 0 to `code_count` - 1, such as the number of its label.
+        indices: The items of each resample.
+        code_count: Number of codes C.
+        weights: How often an item counts, [N]. None: once.
+    """
+    first_bins = np.arange(len(indices))[:, None] * code_count  # each resample has its own bins
+    item_weights = None if weights is None else weights[indices].ravel()
+    counts = np.bincount((codes[indices] + first_bins).ravel(), item_weights, len(indices) * code_count)
+    return counts.reshape(len(indices), code_count)
 
 
 def _correlate(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxembed.errors import UserError
+from jaxembed.evaluation.bootstrap import count_codes
 
 # Settings of MTEB's classification tasks.
 MTEB_SEED = 42
@@ -173,9 +174,6 @@ def _compute_entropy(codes: np.ndarray, indices: np.ndarray, weights: np.ndarray
     from scipy.special import xlogy
 
     distinct_codes, numbers = np.unique(codes, return_inverse=True)
-    first_bins = np.arange(len(indices))[:, None] * len(distinct_codes)  # each resample has its own bins
-    item_weights = None if weights is None else weights[indices].ravel()
-    counts = np.bincount((numbers[indices] + first_bins).ravel(), item_weights, len(indices) * len(distinct_codes))
-    counts = counts.reshape(len(indices), len(distinct_codes))
+    counts = count_codes(numbers, indices, len(distinct_codes), weights)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     return np.asarray(-xlogy(shares, shares).sum(axis=1))
