@@ -73,7 +73,7 @@ def main() -> None:
     for run in runs:
         print(f"| {run['processes']} | {run['seconds']} | {run['gib']} |")
     file_gib = round(args.file.stat().st_size / 2**30, 2)
-    equal = bool(np.array_equal(results[0].rows, results[1].rows))
+    equal = bool(np.array_equal(results[0].indices, results[1].indices))
     print(json.dumps({"vectors": len(file), "gib": file_gib, "runs": runs, "equal": equal}))
 
 

@@ -61,7 +61,7 @@ def measure_search(side: str, args: argparse.Namespace) -> dict[str, float]:
             two_pass.MIN_SEARCH_FLOPS = sys.maxsize
         search(queries[:1], documents[:1], 1)  # initializes JAX and its compiler
         memory_before, clocks_before = read_peak_gib(), read_clocks()
-        rows = search(queries, documents, args.k, memory_mb=args.memory_mb).rows
+        rows = search(queries, documents, args.k, memory_mb=args.memory_mb).indices
     (seconds, core_seconds), memory = read_clocks() - clocks_before, read_peak_gib() - memory_before
     np.save(args.out / f"{side}.npy", rows.astype(np.int32))
     return {"seconds": seconds, "core_seconds": core_seconds, "gib": memory}

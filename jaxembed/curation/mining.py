@@ -233,8 +233,8 @@ def _mine_row(
     config: MineConfig,
 ) -> MinedRow:
     """Append the negatives that the rule chooses to those that the row keeps."""
-    is_new = ~np.isin(candidates.rows, [*kept_negatives, *row.positives])
-    documents, scores = candidates.rows[is_new], candidates.scores[is_new]
+    is_new = ~np.isin(candidates.indices, [*kept_negatives, *row.positives])
+    documents, scores = candidates.indices[is_new], candidates.scores[is_new]
     rng = np.random.default_rng(row.draw_seed)
     chosen = choose_negatives(config, scores, float(positive_scores.min()), rng)
     negatives = (*kept_negatives, *documents[chosen].tolist())
@@ -252,9 +252,9 @@ def _find_nearest(
     if options.approximate:
         sample = np.random.default_rng(options.seed).permutation(len(query_vectors))[:RECALL_SAMPLE_QUERIES]
         exact = search(query_vectors[sample], corpus, k, memory_mb=options.memory_mb)
-        shares = [np.isin(a, b).mean() for a, b in zip(exact.rows, found.rows[sample], strict=True)]
+        shares = [np.isin(a, b).mean() for a, b in zip(exact.indices, found.indices[sample], strict=True)]
         recall = float(np.mean(shares))
-    per_query = zip(found.rows, found.scores, pool.excluded_documents, strict=True)
+    per_query = zip(found.indices, found.scores, pool.excluded_documents, strict=True)
     return [_remove_excluded(SearchResult(ids, scores), excluded, depth) for ids, scores, excluded in per_query], recall
 
 
@@ -262,7 +262,7 @@ def _iter_rankings(pool: MiningPool, nearest: list[SearchResult], options: Minin
     """Yield the candidates of each query, best first, by vectors and by BM25, as the options request."""
     depth = options.config.last_rank
     if "vectors" in options.rankers:
-        yield [found.rows[:depth] for found in nearest]
+        yield [found.indices[:depth] for found in nearest]
     if "bm25" in options.rankers:
         yield _rank_by_bm25(pool, depth)
 
@@ -273,7 +273,7 @@ def _rank_by_bm25(pool: MiningPool, depth: int) -> list[np.ndarray]:
     ranked = bm25.rank_documents(pool.documents[: pool.corpus_size], queries, _compute_search_depth(pool, depth))
     ranks = np.arange(ranked.shape[1])
     per_query = zip(ranked, pool.excluded_documents, strict=True)
-    return [_remove_excluded(SearchResult(ids, ranks), excluded, depth).rows for ids, excluded in per_query]
+    return [_remove_excluded(SearchResult(ids, ranks), excluded, depth).indices for ids, excluded in per_query]
 
 
 def _compute_search_depth(pool: MiningPool, depth: int) -> int:
@@ -282,13 +282,13 @@ def _compute_search_depth(pool: MiningPool, depth: int) -> int:
 
 
 def _remove_excluded(found: SearchResult, excluded: set[int], depth: int) -> SearchResult:
-    is_allowed = ~np.isin(found.rows, list(excluded))
-    return SearchResult(found.rows[is_allowed][:depth], found.scores[is_allowed][:depth])
+    is_allowed = ~np.isin(found.indices, list(excluded))
+    return SearchResult(found.indices[is_allowed][:depth], found.scores[is_allowed][:depth])
 
 
 def _rerank(candidates: list[SearchResult], queries: set[int], depth: int, score: ScoreIds) -> list[SearchResult]:
     """Reorder the first `depth` candidates by other scores. Queries that are not in `queries` lose their candidates."""
-    candidate_ids = [found.rows[: depth if query in queries else 0] for query, found in enumerate(candidates)]
+    candidate_ids = [found.indices[: depth if query in queries else 0] for query, found in enumerate(candidates)]
     scores = _score_documents(score, list(enumerate(candidate_ids)), "candidates")
     orders = [np.argsort(-query_scores, kind="stable") for query_scores in scores]
     per_query = zip(candidate_ids, scores, orders, strict=True)
@@ -297,8 +297,8 @@ def _rerank(candidates: list[SearchResult], queries: set[int], depth: int, score
 
 def _fuse_order(judged: SearchResult, rankings: Sequence[np.ndarray]) -> SearchResult:
     """Reorder the candidates by reciprocal rank fusion of the judge's ranking and all others."""
-    fused = fuse_rankings([judged.rows, *rankings])
-    scores = dict(zip(judged.rows.tolist(), judged.scores.tolist(), strict=True))
+    fused = fuse_rankings([judged.indices, *rankings])
+    scores = dict(zip(judged.indices.tolist(), judged.scores.tolist(), strict=True))
     documents = [document for document in fused.tolist() if document in scores]
     return SearchResult(np.array(documents, np.int64), np.array([scores[document] for document in documents], np.float32))
 
@@ -314,7 +314,7 @@ def _relabel(
         found = candidates[row.query]
         best = int(found.scores.argmax()) if len(found.scores) else -1
         if best >= 0 and found.scores[best] > scores.max() + margin:
-            yield row._replace(positives=(int(found.rows[best]),)), found.scores[best : best + 1], True
+            yield row._replace(positives=(int(found.indices[best]),)), found.scores[best : best + 1], True
         else:
             yield row, scores, False
 

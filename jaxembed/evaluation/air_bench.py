@@ -178,7 +178,7 @@ class AirBenchTask:
         query_rows = [i for i, id_ in enumerate(self._queries_by_id) if id_ in relevance_by_query]
         relevant = [relevance_by_query[id_] for id_ in self._queries_by_id if id_ in relevance_by_query]
         metric = ndcg if METRICS[self._kind].startswith("ndcg") else recall
-        return metric(relevant, result.rows[query_rows])
+        return metric(relevant, result.indices[query_rows])
 
     def _write_results(self, queries: np.ndarray, documents: np.ndarray, model: str) -> None:
         """Write a file for AIR-Bench's leaderboard: the top documents of each query with their scores."""
@@ -190,7 +190,7 @@ class AirBenchTask:
         ids = list(self._documents_by_id)
         search_results = {
             query: {ids[row]: float(score) for row, score in zip(query_rows, query_scores, strict=True)}
-            for query, query_rows, query_scores in zip(self._queries_by_id, result.rows.tolist(), result.scores, strict=True)
+            for query, query_rows, query_scores in zip(self._queries_by_id, result.indices.tolist(), result.scores, strict=True)
         }
         content = {
             "model_name": model, "reranker_name": "NoReranker", "benchmark_version": version, "task_type": self._kind,

@@ -138,7 +138,7 @@ class RetrievalSet:
     def score(self, vectors: Sequence[np.ndarray]) -> SetScores:
         """Return nDCG, recall, MRR and MAP, each from 0 to 1."""
         queries, documents = vectors
-        return self._score_ranking(search(queries, documents, DEEP_CUTOFF).rows)
+        return self._score_ranking(search(queries, documents, DEEP_CUTOFF).indices)
 
     def score_bm25(self) -> SetScores:
         """Return the same scores for BM25, the lexical baseline."""

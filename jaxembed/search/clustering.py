@@ -41,7 +41,7 @@ def cluster_vectors(vectors: Float[np.ndarray, "n d"], count: int, seed: int, it
     centers = _draw_centers(vectors, count, np.random.default_rng(seed))
     labels = np.full(len(vectors), -1)
     for _ in range(iterations):
-        nearest = search(vectors, centers, 1).rows[:, 0].astype(np.int64)
+        nearest = search(vectors, centers, 1).indices[:, 0].astype(np.int64)
         if np.array_equal(labels, nearest):
             break
         labels, sums = nearest, np.zeros_like(centers)

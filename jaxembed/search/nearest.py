@@ -31,11 +31,11 @@ class SearchResult(NamedTuple):
     """The best documents of one query [k] or of several [Q, k], best first.
 
     Attributes:
-        rows: Rows of the documents, int32.
+        indices: Rows of the documents in their array, int32.
         scores: Their dot products with the query, float32.
     """
 
-    rows: np.ndarray
+    indices: np.ndarray
     scores: np.ndarray
 
 
@@ -81,7 +81,7 @@ def search(
         show_progress: Show a progress bar.
 
     Returns:
-        Rows and scores, [Q, min(k, N)]. Ties are ordered by row.
+        Indices and scores, [Q, min(k, N)]. Ties are ordered by row.
     """
     k = min(k, len(documents))
     if not k:
@@ -140,12 +140,12 @@ def _search_with_faiss(
         # Sort equal scores by row.
         has_ties = (scores[:, 1:] == scores[:, :-1]).any(axis=1)
         rows[has_ties] = np.take_along_axis(rows[has_ties], np.lexsort((rows[has_ties], -scores[has_ties])), axis=1)
-        result.rows[start : start + step], result.scores[start : start + step] = rows[:, :k], scores[:, :k]
+        result.indices[start : start + step], result.scores[start : start + step] = rows[:, :k], scores[:, :k]
         # Search again, deeper, where the last fetched score equals the k-th one: lower rows of that score may be missing.
         unsure = start + np.flatnonzero(scores[:, k - 1] == scores[:, -1])
         if len(unsure) and fetch_k < len(documents):
             deeper = _search_with_faiss(queries[unsure], documents, k, min(2 * fetch_k, len(documents)), memory_mb)
-            result.rows[unsure], result.scores[unsure] = deeper
+            result.indices[unsure], result.scores[unsure] = deeper
     return result
 
 

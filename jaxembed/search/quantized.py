@@ -48,7 +48,7 @@ def search_quantized(
         memory_mb: Memory of the search in MiB.
 
     Returns:
-        Rows and scores, [Q, min(k, N)].
+        Indices and scores, [Q, min(k, N)].
 
     Raises:
         UserError: FAISS is not installed, the ranges are missing, or the documents have another layout.
@@ -131,4 +131,4 @@ def _search_bits(index: Any, queries: np.ndarray, documents: np.ndarray, k: int)
     bits = np.unpackbits(documents[rows], axis=-1, count=queries.shape[1])
     scores = np.einsum("qd,qkd->qk", queries, 2.0 * bits - 1) / np.sqrt(queries.shape[1])
     best = select_best(rows, scores, k)
-    return best.scores, best.rows
+    return best.scores, best.indices

@@ -141,7 +141,7 @@ def search_part(
     best = SearchResult(np.zeros((len(queries), 0), np.int32), np.zeros((len(queries), 0), np.float32))
     for first in progress_bar(range(start, end, step), unit="block", desc="search", disable=not show_progress):
         result = search(queries, documents.read(first, min(first + step, end)), k, memory_mb=max(1, memory_mb // 2))
-        best = merge_results([best, SearchResult(result.rows + np.int32(first), result.scores)], k)
+        best = merge_results([best, SearchResult(result.indices + np.int32(first), result.scores)], k)
     return best
 
 

@@ -49,10 +49,10 @@ def test_search_is_exact_across_blocks(
     a = abs(a) + 1
     for vectors in (b, -10 - abs(b), np.zeros_like(b)):
         found, expected = search(a, vectors, k), sort_all(a, vectors, k)
-        np.testing.assert_array_equal(found.rows, expected)
+        np.testing.assert_array_equal(found.indices, expected)
         np.testing.assert_array_equal(found.scores, np.take_along_axis(a @ vectors.T, expected, axis=1))
-        assert found.rows.shape == (queries, min(k, documents))
-        assert (found.rows.dtype, found.scores.dtype) == (np.int32, np.float32)
+        assert found.indices.shape == (queries, min(k, documents))
+        assert (found.indices.dtype, found.scores.dtype) == (np.int32, np.float32)
 
 
 def test_top_k_equals_that_of_jax() -> None:
@@ -71,11 +71,11 @@ def test_top_k_equals_that_of_jax() -> None:
 def test_no_queries_no_documents_and_approximate_search(backend: str) -> None:
     random = np.random.default_rng(2)
     queries, documents = random.normal(size=(40, 8)).astype(np.float32), random.normal(size=(3000, 8)).astype(np.float32)
-    assert search(queries[:0], documents, 5).rows.shape == (0, 5)
-    assert search(queries, documents[:0], 5).rows.shape == (40, 0)
+    assert search(queries[:0], documents, 5).indices.shape == (0, 5)
+    assert search(queries, documents[:0], 5).indices.shape == (40, 0)
     with jax.set_mesh(make_mesh(2)):  # as in training on some of the devices
-        np.testing.assert_array_equal(search(queries, documents, 5).rows, sort_all(queries, documents, 5))
-    found = search(queries, documents, 5, approximate=True).rows
+        np.testing.assert_array_equal(search(queries, documents, 5).indices, sort_all(queries, documents, 5))
+    found = search(queries, documents, 5, approximate=True).indices
     assert np.mean([np.isin(a, b).mean() for a, b in zip(sort_all(queries, documents, 5), found, strict=True)]) > 0.9
 
 

@@ -113,13 +113,13 @@ def test_search_over_quantized_vectors_finds_the_best_scores(precision: Any, mon
         middles = np.where(documents > 0, 1, -1) / np.sqrt(24)
         different = ((queries[:, None] > 0) != (documents[None] > 0)).sum(axis=-1)
         limit = np.sort(different, axis=1)[:, 19]  # of 4 x 5 documents
-        assert (np.take_along_axis(different, found.rows, axis=1) <= limit[:, None]).all()
+        assert (np.take_along_axis(different, found.indices, axis=1) <= limit[:, None]).all()
     scores = queries @ middles.T
-    np.testing.assert_allclose(found.scores, np.take_along_axis(scores, found.rows, axis=1), atol=1e-5)
+    np.testing.assert_allclose(found.scores, np.take_along_axis(scores, found.indices, axis=1), atol=1e-5)
     assert (np.diff(found.scores, axis=1) <= 1e-6).all()
     if "binary" not in precision:
         np.testing.assert_allclose(found.scores, -np.sort(-scores, axis=1)[:, :5], atol=1e-5)
-    assert search_quantized(queries[:0], stored, 5, precision, RANGES if "int8" in precision else None).rows.shape == (0, 5)
+    assert search_quantized(queries[:0], stored, 5, precision, RANGES if "int8" in precision else None).indices.shape == (0, 5)
 
 
 def test_search_over_quantized_vectors_refuses_other_layouts() -> None:

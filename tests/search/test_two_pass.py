@@ -89,8 +89,8 @@ def test_queries_with_too_many_candidates_or_infinite_numbers_are_searched_other
     monkeypatch.setattr(nearest, "is_worthwhile", lambda queries, documents: True)
     expected_rows, expected_scores = sort_by_score(queries, documents, 5)
     result = search(queries, documents, 5)
-    np.testing.assert_array_equal(result.rows[1::2], np.tile(np.arange(1000, 1005), (28, 1)))
-    np.testing.assert_array_equal(result.rows[::2], expected_rows[::2])
+    np.testing.assert_array_equal(result.indices[1::2], np.tile(np.arange(1000, 1005), (28, 1)))
+    np.testing.assert_array_equal(result.indices[::2], expected_rows[::2])
     np.testing.assert_allclose(result.scores, expected_scores, rtol=1e-5)
 
 

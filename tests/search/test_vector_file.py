@@ -23,9 +23,9 @@ def write_vectors(folder: Path, dtype: str, count: int = 3000) -> tuple[np.ndarr
 
 
 def assert_same(found: SearchResult, expected: SearchResult) -> None:
-    np.testing.assert_array_equal(found.rows, expected.rows)
+    np.testing.assert_array_equal(found.indices, expected.indices)
     np.testing.assert_array_equal(found.scores, expected.scores)
-    assert (found.rows.dtype, found.scores.dtype) == (np.int32, np.float32)
+    assert (found.indices.dtype, found.scores.dtype) == (np.int32, np.float32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -40,14 +40,14 @@ def test_a_file_is_searched_in_blocks(dtype: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(vector_file, "search", record)
     assert_same(search_file(queries, file, 7, memory_mb=1), search(queries, documents, 7))
     assert len(blocks) > 1 and max(blocks) <= 2**19
-    assert search_file(queries, file, 5000).rows.shape == (20, 3000)
+    assert search_file(queries, file, 5000).indices.shape == (20, 3000)
 
 
 def test_parts_of_several_processes_are_merged(tmp_path: Path) -> None:
     queries, documents, file = write_vectors(tmp_path, "float32")
     expected = search(queries, documents, 7)
     parts = [search_part(queries, file, 7, part, 1) for part in ((0, 4), (4, 2000), (2000, 3000))]
-    assert parts[0].rows.shape == (20, 4)
+    assert parts[0].indices.shape == (20, 4)
     assert_same(merge_results(parts, 7), expected)
     assert_same(search_file(queries, file, 7, processes=2), expected)
 

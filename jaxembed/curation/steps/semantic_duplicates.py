@@ -105,8 +105,8 @@ def find_neighbors(vectors: Float[np.ndarray, "n d"], threshold: float, memory_m
         found = search(vectors[pending], vectors, count, memory_mb=memory_mb, show_progress=True)
         is_near = found.scores >= threshold - SCORE_TOLERANCE
         is_complete = ~is_near[:, -1] | (count >= len(vectors))
-        earlier = is_near & (found.rows < pending[:, None])
+        earlier = is_near & (found.indices < pending[:, None])
         for i in np.flatnonzero(is_complete & earlier.any(1)).tolist():
-            neighbors[int(pending[i])] = found.rows[i][earlier[i]]
+            neighbors[int(pending[i])] = found.indices[i][earlier[i]]
         pending, count = pending[~is_complete], count * NEIGHBORS_GROWTH
     return neighbors
