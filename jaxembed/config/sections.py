@@ -275,6 +275,9 @@ def _explain(error: ValidationError, section: type[Section]) -> str:
         field = _find_tag_field(sections[0])
         tag = value.get(field) if isinstance(value, dict) else value
         return f"{key}.{field} is {quote_value(tag)} (expected {' or '.join(map(_get_tag, sections))})"
+    # An override such as eval.sets.0.path=x of a list that the config does not have.
+    if kind == "tuple_type" and isinstance(value, dict) and "".join(map(str, value)).isdecimal():
+        return f"{key} has no entry {next(iter(value))}, because the config has no such list. Give all of it: {key}=[{{...}}]"
     # A wrong value: in our terms, otherwise with the message of our own check or of pydantic.
     if kind in EXPECTATIONS:
         return f"{key} is {quote_value(value)} (expected {EXPECTATIONS[kind] % problem.get('ctx', {})})"

@@ -168,6 +168,10 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
         ("train.stall_timeout_s=.inf", "FILE: train.stall_timeout_s is inf (expected a finite number)"),
         ("train.seed=99999999999", "FILE: train.seed is 99999999999 (expected a number that is at most 2147483647)"),
         ('run.dir="a\\0b"', "FILE: run.dir: a text must not contain a NUL character"),
+        (
+            "eval.sets.0.path=x",
+            "FILE: eval.sets has no entry 0, because the config has no such list. Give all of it: eval.sets=[{...}]",
+        ),
         ("data.sources=[]", "FILE: data.sources is a list of 0 (expected a list of at least 1)"),
         ("data.sources.0={weight: 2}", "FILE: data.sources.0.path is missing. It has no default."),
         ("data.row_length=511", "FILE: data: row_length is 511 (expected at least max_length, 512: a text must fit a row"),
