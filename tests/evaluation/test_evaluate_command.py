@@ -106,6 +106,17 @@ def test_files_of_the_user_have_the_scores_of_sentence_transformers(tmp_path: Pa
             assert theirs[name]["metrics"][metric] == pytest.approx(score, abs=1e-3), (name, metric)
 
 
+def test_layers_scores_a_model_like_the_export_of_its_first_layers(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, SPECS["causal"])
+    export(Embedder.load(folder).keep_first_layers(1), tmp_path / "first", "float32", Card("first", "base"))
+    whole, layers, exported = (
+        run(*arguments)["scores"] for arguments in ([str(folder)], [str(folder), "--layers", "1"], [str(tmp_path / "first")])
+    )
+    for name, result in exported.items():
+        assert layers[name]["score"] == pytest.approx(result["score"], abs=1e-6)
+    assert layers["STSBenchmark"]["score"] != pytest.approx(whole["STSBenchmark"]["score"], abs=1e-3)
+
+
 SCRIPT = """
 from helpers.mteb_tasks import make_tasks
 from jaxembed import cli, evaluate
