@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from annotated_types import Ge
+from pydantic.fields import FieldInfo
 
 from jaxembed import cli, config
 from jaxembed.config.curation_models import Ranker
@@ -111,18 +113,19 @@ def add_rule_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rule", "the keys of the section mine of a config; see docs/guides/mining.md")
     for key, field in list_rule_fields().items():
         default = " ".join(map(str, np.ravel(field.default)))
-        group.add_argument(
-            option_name(key), help=f"{field.description} Default: {default}.", **_make_argument_settings(field.annotation)
-        )
+        group.add_argument(option_name(key), help=f"{field.description} Default: {default}.", **_make_argument_settings(field))
 
 
-def _make_argument_settings(annotation: Any) -> dict[str, Any]:
-    """Return the settings of an option that reads values of a type. Integers are positive, tuples have two integers."""
+def _make_argument_settings(field: FieldInfo) -> dict[str, Any]:
+    """Return the settings of an option for a field: a choice, a number, or a tuple of two positive integers."""
+    annotation = field.annotation
     if typing.get_origin(annotation) is typing.Literal:
         return {"choices": typing.get_args(annotation)}
     if typing.get_origin(annotation) is tuple:
         return {"type": cli.integer_from(1), "nargs": 2, "metavar": ("A", "B")}
-    return {"type": cli.integer_from(1), "metavar": "N"} if annotation is int else {"type": float, "metavar": "X"}
+    if annotation is not int:
+        return {"type": float, "metavar": "X"}
+    return {"type": cli.integer_from(0 if Ge(0) in field.metadata else 1), "metavar": "N"}
 
 
 def make_parser() -> cli.Parser:

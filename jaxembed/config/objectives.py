@@ -151,7 +151,9 @@ AnyObjective = Annotated[
 
 
 def check_weights(key: str, entries: Sequence[object], weights: Sequence[float]) -> None:
-    """Raise `ValueError` unless `weights` is empty or holds a positive weight for each entry."""
+    """Raise `ValueError` unless the entries differ, and `weights` is empty or holds a positive weight for each."""
+    if repeated := next((entry for entry in entries if entries.count(entry) > 1), None):
+        raise ValueError(f"{key} has {repeated} twice. Remove one.")
     if weights and len(weights) != len(entries):
         raise ValueError(
             f"{len(weights)} weights for {len(entries)} {key} (expected one weight per {key.removesuffix('s')}, or none)"

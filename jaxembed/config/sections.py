@@ -54,7 +54,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _reject_nul(cls, value: Any) -> Any:
-        if isinstance(value, str) and "\0" in value:
+        if _contains_nul(value):
             raise ValueError("a text must not contain a NUL character")
         return value
 
@@ -65,6 +65,15 @@ class Section(BaseModel):
     def __hash__(self) -> int:
         """Hash all values, mappings included."""
         return hash(json.dumps(self.model_dump(mode="json"), sort_keys=True))
+
+
+def _contains_nul(value: Any) -> bool:
+    """Return whether a text, or one inside collections, contains a NUL character."""
+    if isinstance(value, dict):
+        return any(map(_contains_nul, [*value.keys(), *value.values()]))
+    if isinstance(value, list | tuple):
+        return any(map(_contains_nul, value))
+    return isinstance(value, str) and "\0" in value
 
 
 Positive = Annotated[int, Field(gt=0, le=MAX_INTEGER)]
@@ -310,15 +319,18 @@ def _explain_unknown_key(keys: list[str], unknown: str, known_keys: list[str]) -
 def _locate(section: type[Section], loc: tuple[int | str, ...]) -> tuple[list[str], list[type[Section]]]:
     """Return the keys down to a location below a section, and the sections that may be there."""
     keys: list[str] = []
-    sections = [section]
+    sections, is_mapping = [section], False
     for part in loc:
         tagged_sections = [member for member in sections if len(sections) > 1 and _get_tag(member) == part]
         if tagged_sections:  # pydantic puts the name that chose one of several sections into the location
             sections = tagged_sections
             continue
         keys.append(str(part))
-        if isinstance(part, str) and sections and part in sections[0].model_fields:
-            sections = _find_sections(sections[0].model_fields[part].annotation)
+        if is_mapping:  # the part is a key of the mapping, whatever it is
+            is_mapping = False
+        elif isinstance(part, str) and sections and part in sections[0].model_fields:
+            annotation = sections[0].model_fields[part].annotation
+            sections, is_mapping = _find_sections(annotation), typing.get_origin(annotation) is dict
     return keys, sections
 
 

@@ -52,7 +52,7 @@ def list_shipped_configs(folders: Sequence[str] = TRAINING_FOLDERS) -> dict[str,
 def find_config(path: str | Path, folders: Sequence[str] = TRAINING_FOLDERS) -> Path:
     """Return the file of a config that a user names by its path, or by the name of a shipped one.
 
-    A file of that name in the working folder comes first.
+    A file of that name in the working folder comes first, a folder does not.
 
     Args:
         path: Path of a YAML file, or a name such as `finetune`.
@@ -62,10 +62,11 @@ def find_config(path: str | Path, folders: Sequence[str] = TRAINING_FOLDERS) -> 
         UserError: There is no file at the path, and no shipped config of that name.
     """
     path = Path(path)
-    if exists(path):
-        return path
     paths = list_shipped_configs(folders)
-    if str(path) in paths:
+    is_shipped = str(path) in paths
+    if exists(path) and not (is_shipped and path.is_dir()):
+        return path
+    if is_shipped:
         return paths[str(path)]
     nearest = difflib.get_close_matches(path.stem, paths, n=3, cutoff=0.5)
     hint = f" Did you mean the shipped config {' or '.join(nearest)}?" if nearest else ""

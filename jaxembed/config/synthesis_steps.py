@@ -46,6 +46,8 @@ class ValuesConfig(Section):
             raise ValueError("expected a list of values, a mapping from value to weight, or {file: PATH}")
         if self.weights and (min(self.weights) < 0 or not sum(self.weights)):
             raise ValueError("expected weights that are not negative, and at least one above 0")
+        if self.weights and len(self.weights) != len(self.choices):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.choices)} choices (expected one weight per choice)")
         return self
 
 

@@ -167,6 +167,9 @@ def test_overrides_of_list_entries_and_their_order(tmp_path: Path) -> None:
         ("optim.learning_rate=.nan", "FILE: optim.learning_rate is nan (expected a finite number)"),
         ("train.stall_timeout_s=.inf", "FILE: train.stall_timeout_s is inf (expected a finite number)"),
         ("train.seed=99999999999", "FILE: train.seed is 99999999999 (expected a number that is at most 2147483647)"),
+        ('data.sources.0.label_names={a: "b\\0"}', "FILE: data.sources.0.label_names: a text must not contain a NUL character"),
+        ("matryoshka.dims=[64, 64]", "FILE: matryoshka: dims has 64 twice. Remove one."),
+        ("quantization.precisions=[int8, int8]", "FILE: quantization: precisions has int8 twice. Remove one."),
         ('run.dir="a\\0b"', "FILE: run.dir: a text must not contain a NUL character"),
         (
             "eval.sets.0.path=x",

@@ -85,6 +85,8 @@ def test_configs_are_found_by_name(catalog: None, tmp_path: Path) -> None:
     assert [load_config(name).run.dir for name in ("first", "second")] == ["runs/first", "runs/second"]
     (tmp_path / "first").write_text("model: {base: y}\ndata: {sources: [{path: own}]}")  # a file comes first
     assert load_config("first").model.base == "y"
+    (tmp_path / "second").mkdir()  # a folder, such as an output, does not
+    assert load_config("second").run.dir == "runs/second"
     message = "secnd.yaml: no such config file. Give the path of a YAML file, or the name of a shipped config. Did you mean"
     with pytest.raises(UserError) as error:
         load_config("secnd.yaml")

@@ -58,6 +58,11 @@ STEPS = "tasks.0.steps"
         (f"{STEPS}.1.answer.fields.query={{type: choice}}", "choices belong to type choice"),
         (f"{STEPS}.1.answer.reject=['(']", "not a regular expression"),
         (f"{STEPS}.1.answer.fields.query.langage=x", "Did you mean tasks.0.steps.1.answer.fields.query.language"),
+        (f"{STEPS}.1.answer.fields.language={{langage: x}}", "Did you mean tasks.0.steps.1.answer.fields.language.language"),
+        (
+            f"{STEPS}.1.values.words={{choices: [a, b], weights: [1]}}",
+            "1 weights for 2 choices .expected one weight",
+        ),
         ("tasks.0.row.title='x'", "unknown key tasks.0.row.title"),
         ("tasks.0.row.query='{example.queri}'", r"tasks.0.row.query: placeholder \{example.queri\} has no values"),
         ("tasks.0.quotas=[{by: '{example.words}', max_share: 0.5}]", "max_share needs the number of rows. Set max_rows"),

@@ -195,3 +195,5 @@ def test_options_mirror_the_mine_section() -> None:
     assert mine_command.read_rule(arguments) == MineConfig()
     arguments = mine_command.make_parser().parse_args(["MODEL", "IN", "OUT", "--rule", "window", "--window", "3", "9"])
     assert mine_command.read_rule(arguments) == MineConfig(rule="window", window=(3, 9))
+    arguments = mine_command.make_parser().parse_args(["MODEL", "IN", "OUT", "--consistency-top-k", "0"])
+    assert mine_command.read_rule(arguments) == MineConfig()

@@ -41,6 +41,15 @@ def test_no_document_is_trained_on_and_held_out(tmp_path: Path) -> None:
     assert all(row in ROWS for row in train)
 
 
+def test_rows_that_share_any_positive_stay_together(tmp_path: Path) -> None:
+    rows = [{"query": f"q{i}", "pos": [f"first {i}", f"second {i // 4}"]} for i in range(200)]
+    split(tmp_path, rows=rows)
+    trained = {text for row in read_train(tmp_path / "out") for text in row["pos"]}
+    beir = open_beir(tmp_path / "out" / "heldout", EVALUATION_SPLITS)
+    heldout = {beir.get_document_text(row) for relevant in beir.relevant for row in relevant}
+    assert trained.isdisjoint(heldout) and len(trained) + len(heldout) == 250 and 20 <= len(beir.query_rows) <= 120
+
+
 def test_added_rows_move_no_others(tmp_path: Path) -> None:
     split(tmp_path, rows=ROWS[:100])
     (tmp_path / "out").rename(tmp_path / "before")
