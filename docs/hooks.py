@@ -69,7 +69,10 @@ def command_options() -> str:
     parts = []
     for name in COMMANDS:
         parser = runpy.run_module(f"jaxembed.{name}", run_name="command")["make_parser"]()
-        parts += [(f"jaxembed {name}", parser), *((f"jaxembed {name} {sub}", its) for sub, its in subparsers(parser))]
+        parts += [
+            (f"jaxembed {name}", parser),
+            *((f"jaxembed {name} {sub}", subparser) for sub, subparser in subparsers(parser)),
+        ]
     return "\n\n".join(f"## {name}\n\n```text\n{parser.format_help()}```" for name, parser in parts)
 
 

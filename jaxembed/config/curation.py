@@ -22,7 +22,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class StepConfig(Section):
-    """The keys that all steps share."""
+    """Base of the steps that read no model."""
 
     name: str
 
@@ -264,7 +264,7 @@ class CurriculumStepConfig(StepConfig):
     by: NonEmpty = Field(
         "scores",
         description="Field with the difficulty, a number. scores: the highest score of a negative minus the lowest score of a "
-        "positive, as mine and judge write them.",
+        "positive, as mine and judge write them. Rows without a difficulty come first.",
     )
     levels: Annotated[int, Field(ge=2, le=100)] = Field(3, description="Number of levels, with equal numbers of rows.")
     descending: bool = Field(False, description="Put rows with large values first. Default: small values first, the easy rows.")

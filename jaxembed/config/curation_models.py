@@ -42,7 +42,8 @@ class JudgeConfig(Section):
         description="causal_lm: input with {instruction}, {query} and {document}. Default: that of Qwen3-Reranker.",
     )
     answers: tuple[NonEmpty, NonEmpty] = Field(
-        ("yes", "no"), description="causal_lm: the tokens that mean relevant and not relevant."
+        ("yes", "no"),
+        description="causal_lm and server: the answers that mean relevant and not relevant. For causal_lm, each is one token.",
     )
 
     @model_validator(mode="after")

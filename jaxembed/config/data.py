@@ -129,7 +129,9 @@ class SourceConfig(Section):
         description="Documents of the format labels. labels: the names of the labels. examples: other labeled texts. "
         "auto: labels if there are two labels, otherwise examples.",
     )
-    label_names: dict[str, NonEmpty] = Field({}, description="labels: text to use for each label. Default: the label itself.")
+    label_names: dict[str, NonEmpty] = Field(
+        {}, description="labels: text to use for each label, where the documents are labels. Default: the label itself."
+    )
     label_negatives: Literal["own", "all"] = Field(
         "own",
         description="labels: draw negatives from the labels of this source (own), or of all sources of the stage "

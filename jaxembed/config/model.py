@@ -115,7 +115,9 @@ class ModelConfig(Section):
         "base model, otherwise none.",
     )
     normalize: bool | None = Field(
-        None, description="Scale vectors to unit length. Default: taken from the base model, otherwise true."
+        None,
+        description="Export a module that scales vectors to unit length. Training and encode always scale them. Default: taken "
+        "from the base model, otherwise true.",
     )
     append_eos: bool | None = Field(
         None, description="End every text with EOS. Default: taken from the base model, otherwise true."
@@ -156,7 +158,7 @@ class ModelConfig(Section):
     attention_kernel: Literal["auto", "einsum", "rows", "splash", "cudnn"] = Field(
         "auto",
         description="Attention kernel. auto: rows on CPUs, splash on TPUs, cudnn on GPUs. cudnn needs an NVIDIA GPU "
-        "and bfloat16. If the chosen kernel does not support the model or the device, einsum is used.",
+        "and bfloat16. If the kernel does not support the model, einsum is used. A kernel of another platform is an error.",
     )
 
     @model_validator(mode="after")

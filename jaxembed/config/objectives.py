@@ -41,8 +41,8 @@ class InfoNCEConfig(ObjectiveConfig):
     )
     guide: str | None = Field(
         None,
-        description="MODEL whose scores exclude negatives: those that it scores above the positive (GISTEmbed). A run "
-        "has at most one guide.",
+        description="MODEL, or URL or NAME@URL of a server, whose scores exclude negatives: those that it scores above the "
+        "positive (GISTEmbed). A run has at most one guide.",
     )
     guide_margin: float = Field(
         0.0, description="Margin of the guide: it excludes negatives that score above the positive's score minus this margin."
@@ -52,7 +52,11 @@ class InfoNCEConfig(ObjectiveConfig):
     )
     focal: float = Field(0.0, ge=0, description="Exponent of the focal weight (1 - p)^focal of each query's loss (KaLM-V2).")
     hardness: float = Field(0.0, ge=0, description="Weight negatives by e^(hardness * similarity) (EmbeddingGemma: 5).")
-    hardness_of: Literal["hard", "in_batch", "all"] = Field("hard", description="Negatives to which hardness applies.")
+    hardness_of: Literal["hard", "in_batch", "all"] = Field(
+        "hard",
+        description="Negatives to which hardness applies: the query's own (hard), documents of other queries in the direction "
+        "query_document (in_batch), or both (all).",
+    )
     mixed_negatives: int = Field(
         0, ge=0, le=1024, description="Number of negatives synthesized by mixing each query's own negatives (KaLM-V2)."
     )
@@ -83,7 +87,9 @@ class DistillationConfig(ObjectiveConfig):
 
     name: Literal["kl_distillation"] = "kl_distillation"
     teacher: str | None = Field(
-        None, description="MODEL whose cosines are the teacher's scores. Default: pos_scores and neg_scores of the data."
+        None,
+        description="MODEL, or URL or NAME@URL of a server, whose cosines are the teacher's scores. Default: pos_scores and "
+        "neg_scores of the data.",
     )
     temperature: float = Field(0.05, gt=0, description="Temperature of the model's scores.")
     teacher_temperature: float = Field(1.0, gt=0, description="Temperature of the teacher's scores.")
@@ -97,7 +103,9 @@ class MarginMSEConfig(ObjectiveConfig):
 
     name: Literal["margin_mse"] = "margin_mse"
     teacher: str | None = Field(
-        None, description="MODEL whose cosines are the teacher's scores. Default: pos_scores and neg_scores of the data."
+        None,
+        description="MODEL, or URL or NAME@URL of a server, whose cosines are the teacher's scores. Default: pos_scores and "
+        "neg_scores of the data.",
     )
 
 
@@ -166,7 +174,9 @@ class MatryoshkaConfig(Section):
     """Matryoshka representation learning (Kusupati et al. 2022)."""
 
     dims: tuple[Positive, ...] = Field(
-        (), description="Also apply the objectives to the first dimensions of the vectors, such as [512, 64]."
+        (),
+        description="Also apply the objectives, except embedding_matching, to the first dimensions of the vectors, such as "
+        "[512, 64].",
     )
     weights: tuple[float, ...] = Field(
         (), description="Weight of each of dims in the sum; the whole vector has weight 1. Default: all 1."
@@ -223,7 +233,8 @@ class QuantizationConfig(Section):
 
     precisions: tuple[Literal["int8", "binary"], ...] = Field(
         (),
-        description="Also apply the objectives to vectors in these precisions. Gradients pass straight through the rounding.",
+        description="Also apply the objectives, except embedding_matching, to vectors in these precisions. Gradients pass "
+        "straight through the rounding.",
     )
     weights: tuple[float, ...] = Field(
         (), description="Weight of each of precisions in the sum; the float32 vectors have weight 1. Default: all 1."

@@ -56,7 +56,7 @@ class EmbeddingSpec(Section):
     )
     projection_bias: bool = Field(False, description="Bias of the projection layer.")
     projection_activation: Activation = Field("identity", description="Activation after the projection layer.")
-    normalize: bool = Field(True, description="Scale vectors to unit length.")
+    normalize: bool = Field(True, description="Export a module that scales vectors to unit length.")
     append_eos: bool = Field(True, description="End every text with the EOS token.")
     eos_as_text: bool = Field(False, description="Append EOS before truncation, so that a truncated text has none (NV-Embed).")
     pool_last_instruction_token: bool = Field(

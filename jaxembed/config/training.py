@@ -166,6 +166,8 @@ class EvalConfig(Section):
     """Evaluation during training."""
 
     sets: tuple[EvalSetConfig, ...] = ()
-    best: str = Field("", description="SET/METRIC whose maximum selects the best checkpoint. Default: the first set's.")
+    best: str = Field(
+        "", description="SET/METRIC whose maximum selects the best checkpoint. Default: the main score of the first set."
+    )
     untrained: bool = Field(True, description="Score the model before the first step.")
     bm25: bool = Field(False, description="Score BM25 on the retrieval sets, for comparison.")
