@@ -143,7 +143,7 @@ def encode(side: str, model: str, heldout: Path) -> None:
     def encode_texts(texts: list[str]) -> Any:
         return embedder.encode(texts) if side == "jaxembed" else encode_torch(torch_model, texts, "")
 
-    print(ndcg(beir.relevant, search(encode_texts(queries), encode_texts(documents), 10).rows).mean(), flush=True)
+    print(ndcg(beir.relevant, search(encode_texts(queries), encode_texts(documents), 10).indices).mean(), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         encode_texts(documents)

@@ -124,7 +124,7 @@ def write_nearest(
     neighbors = search_quantized(queries, documents, args.top or DEFAULT_TOP, args.precision, ranges)
     rows = (
         {"rows": rows, "scores": scores}
-        for rows, scores in zip(neighbors.rows.tolist(), neighbors.scores.tolist(), strict=True)
+        for rows, scores in zip(neighbors.indices.tolist(), neighbors.scores.tolist(), strict=True)
     )
     with atomic_write(out) as partial:
         write_jsonl(partial, rows)

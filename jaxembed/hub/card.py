@@ -29,7 +29,7 @@ class Card:
 
     Attributes:
         name: Title.
-        base: Name of the base.
+        base: Name of the base; for a model that was not trained, the first digits of the hash of its weights.
         checkpoint: The exported checkpoint of the run.
         recipe: Config of the run in YAML; empty for a model that was not trained.
         scores: Held-out scores by SET/METRIC.
@@ -56,7 +56,7 @@ def read_card(model: Path, revision: str, adapter: str | None = None) -> Card:
     """
     record_path, config_path = model / BASE_RECORD_FILE, model / "config.yaml"
     if not record_path.is_file():
-        return Card(name=model.name, base=revision)
+        return Card(name=model.resolve().name, base=revision)
     step = int(revision.removeprefix(f"{model.resolve().name}-").split("-")[0])
     rows = [row for row in read_metrics(model) if row["step"] == step]
     scores = {k.removeprefix("eval/"): v for row in rows for k, v in row.items() if k.startswith("eval/") and v is not None}
@@ -84,8 +84,12 @@ def format_model_card(model: ServedModel, card: Card, parity_error: float, preci
     spec = model.spec
     projection = f", projected to {spec.projection} dimensions" if spec.projection else ""
     checkpoint = f", {card.checkpoint}" if card.checkpoint else ""
-    training_note = f"trained with jaxembed from `{card.base}`{checkpoint}"
-    origin = "merged with jaxembed from other models" if card.merging else training_note
+    if card.merging:
+        origin = "merged with jaxembed from other models"
+    elif card.recipe:
+        origin = f"trained with jaxembed from `{card.base}`{checkpoint}"
+    else:
+        origin = f"exported with jaxembed (weights `{card.base}`)"
     parts = [
         "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
         "tags: [sentence-transformers, feature-extraction, jaxembed]\n---",

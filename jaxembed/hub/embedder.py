@@ -26,6 +26,7 @@ from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.hub.base import Base, FolderBase
+from jaxembed.hub.folders import expand_home
 from jaxembed.hub.layer_cuts import SizedModel, select_layers
 from jaxembed.hub.resolve import find_base_with_weights, find_run
 from jaxembed.hub.restore import RestoredRun
@@ -57,7 +58,8 @@ class Embedder:
         mesh: The devices.
         hf_config: Hugging Face config of its transformer.
         revision: Name of its weights in messages, such as RUN-STEP.
-        weights_hash: SHA-256 of its weights; empty if they were not read from files.
+        weights_hash: SHA-256 of the weights that were loaded, followed by -ADAPTER if one was selected; empty if none were.
+            Models made from this one keep it.
     """
 
     model: EmbeddingModel
@@ -107,8 +109,8 @@ class Embedder:
     @classmethod
     def _load(cls, model: str | Path, dtype: str, checkpoint: str, adapter: str | None, mesh: Mesh) -> Embedder:
         compute = ComputeOptions(dtype=jnp.dtype(dtype))
-        if (Path(model) / BASE_RECORD_FILE).is_file():
-            run = find_run(str(model), Path(model), checkpoint).restore(compute, mesh)
+        if ((folder := expand_home(model)) / BASE_RECORD_FILE).is_file():
+            run = find_run(str(model), folder, checkpoint).restore(compute, mesh)
             return build_embedder(run.select_adapter(adapter), mesh)
         if adapter is not None:
             raise UserError(f"{model}: no adapter {adapter!r} to choose (this is not a run directory). Omit the adapter.")
@@ -131,7 +133,7 @@ class Embedder:
         return dataclasses.replace(self, params=params)
 
     def with_spec(self, spec: EmbeddingSpec) -> Embedder:
-        """Return the same model with another spec, which must not change its tokens or parameters.
+        """Return the same model with another spec, which needs the same parameters and special tokens.
 
         Args:
             spec: How texts become vectors.
@@ -203,7 +205,8 @@ class Embedder:
         Raises:
             UserError: The model has no such `dim` or `prompt_name`, `long_texts` is unknown, the examples leave no room for a
                 text, or the model returns values that are not finite.
-            TypeError: `texts` is not a sequence of strings, two kinds of prompts are given, or `examples` is malformed.
+            TypeError: `texts` is not a sequence of strings, `dim` is not an integer, two kinds of prompts are given, or
+                `examples` is malformed.
         """
         check_texts(texts)
         width = self.model.width

@@ -143,7 +143,7 @@ def _check_folder(
     torch_vectors = encode_probes_torch(folder, embedder.spec, probes, sides=sides)
     parity = compare_vectors(vectors_per_padding_side, torch_vectors, FLOAT32_TOLERANCE)
     if not (parity.passes and parity.cosine >= MIN_COSINE):
-        raise UserError(explain_mismatch(out, parity, embedder, folder))
+        raise UserError(_explain_mismatch(out, parity, embedder, folder))
     if dtype == "float32":
         return folder, parity
     # Write bfloat16 weights, and compare with the error that casting the float32 folder in PyTorch makes.
@@ -155,11 +155,11 @@ def _check_folder(
         vectors_per_padding_side, encode_probes_torch(folder, embedder.spec, probes, sides=sides), tolerance
     )
     if not parity.passes:
-        raise UserError(explain_mismatch(out, parity, embedder, folder))
+        raise UserError(_explain_mismatch(out, parity, embedder, folder))
     return folder, parity
 
 
-def explain_mismatch(out: Path, parity: Parity, embedder: Embedder, folder: Path) -> str:
+def _explain_mismatch(out: Path, parity: Parity, embedder: Embedder, folder: Path) -> str:
     """Return the error for vectors that differ. It mentions if stock transformers tokenizes texts differently."""
     from transformers import AutoTokenizer
 

@@ -12,7 +12,7 @@ from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.model.presets import find_preset
 
 PRESET_PREFIX = "preset:"
-DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*/config.json"]  # patterns of the files we read
+DOWNLOAD_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.txt"]  # patterns of the files we read, in folders too
 
 
 def check_base_exists(name: str) -> None:
@@ -26,13 +26,12 @@ def check_base_exists(name: str) -> None:
 def find_folder(name: str) -> Path:
     """Return the folder that a name refers to: a run directory, a model folder, or the local snapshot of a hub repository.
 
+    A hub repository is downloaded first.
+
     Raises:
         UserError: There is no such folder, or it is none of these.
     """
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError:  # the home folder of an unknown user
-        path = Path(name)
+    path = expand_home(name)
     if exists(path / "config.json") or exists(path / BASE_RECORD_FILE) or is_peft_folder(path):
         return path
     if not exists(path) and not name.startswith((".", "/", "~")) and is_hub_id(name):
@@ -45,6 +44,14 @@ def find_folder(name: str) -> Path:
         f"{name}: neither a folder with a config.json or an {ADAPTER_CONFIG_FILE}, nor a run directory, nor a hub id such as "
         "Qwen/Qwen2-0.5B. Check the name."
     )
+
+
+def expand_home(name: str | Path) -> Path:
+    """Return a path with the home folder in place of a leading ~."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # the home folder of an unknown user
+        return Path(name)
 
 
 def is_hub_id(name: str) -> bool:

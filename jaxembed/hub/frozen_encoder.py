@@ -24,7 +24,8 @@ from jaxembed.hub.base import Base, FolderBase
 from jaxembed.hub.embedder import Embedder
 from jaxembed.hub.folders import find_folder
 from jaxembed.hub.resolve import find_base
-from jaxembed.hub.spec_files import EARLIER_DEFAULTS, SPEC_FILE, describes_vectors
+from jaxembed.hub.restore import RunBase
+from jaxembed.hub.spec_files import EARLIER_DEFAULTS, SPEC_FILE, has_spec_files
 from jaxembed.hub.torch_model import load_sentence_transformer
 
 log = logging.getLogger("jaxembed")
@@ -159,10 +160,12 @@ def open_frozen_encoder(name: str, cache: Path, mesh: Mesh | None = None, record
 
 
 def _open_embedder(name: str, base: Base, embedder: Embedder, cache: Path, recorded_hash: str) -> FrozenEncoder:
-    digest = _hash_embedder(base, embedder)
-    if recorded_hash not in ("", digest) and isinstance(base, FolderBase) and not describes_vectors(base.folder):
+    # Hashing reads all weights. The embedder has the hash, except that of a run, which has another one.
+    weights_hash = base.hash() if isinstance(base, RunBase) else embedder.weights_hash
+    digest = _hash_embedder(weights_hash, embedder)
+    if recorded_hash not in ("", digest) and isinstance(base, FolderBase) and not has_spec_files(base.folder):
         earlier = embedder.with_spec(embedder.spec.replace(**EARLIER_DEFAULTS))
-        if _hash_embedder(base, earlier) == recorded_hash:
+        if _hash_embedder(weights_hash, earlier) == recorded_hash:
             embedder, digest = earlier, recorded_hash
     spec = embedder.spec
 
@@ -178,10 +181,10 @@ def _open_embedder(name: str, base: Base, embedder: Embedder, cache: Path, recor
     return FrozenEncoder(name, digest, width, select_prompt, encode_group, _open_store(cache, digest, width))
 
 
-def _hash_embedder(base: Base, embedder: Embedder) -> str:
-    """Return what identifies the vectors of a model: the SHA-256 of its weights, its spec, and its tokenizer."""
+def _hash_embedder(weights_hash: str, embedder: Embedder) -> str:
+    """Return what identifies the vectors of a model: the SHA-256 of the hash of its weights, its spec, and its tokenizer."""
     tokenizer_state = embedder.tokenizer.hf_tokenizer.backend_tokenizer.to_str()
-    identity = json.dumps([base.hash(), embedder.spec.describe_vectors(), tokenizer_state], sort_keys=True)
+    identity = json.dumps([weights_hash, embedder.spec.describe_vectors(), tokenizer_state], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()
 
 

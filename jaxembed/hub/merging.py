@@ -94,7 +94,7 @@ def _check_models_match(models: Sequence[str], bases: Sequence[BaseWithWeights])
 
 
 def _collect_shared_properties(base: BaseWithWeights) -> dict[str, Any]:
-    """Return the properties that merged models must share. They determine the shapes of the parameters."""
+    """Return the properties that merged models must share: transformer, tokenizer, and spec without `FIRST_MODEL_FIELDS`."""
     tokenizer_state = read_tokenizer_state(build_text_tokenizer(base.tokenizer(), base.spec, base).hf_tokenizer)
     spec = {key: value for key, value in base.spec.model_dump(mode="json").items() if key not in FIRST_MODEL_FIELDS}
     return {"transformer": dataclasses.asdict(base.transformer), "spec": spec, "tokenizer": tokenizer_state}

@@ -87,7 +87,7 @@ def write_onnx(
         int8: Also write a graph with int8 weights.
 
     Raises:
-        UserError: The vectors of the float32 graph differ.
+        UserError: PyTorch cannot write the graph, or the vectors of the float32 graph differ.
     """
     from jaxembed.formats.baked_graph import quantize_graph, write_graph
 

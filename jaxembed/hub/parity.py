@@ -70,7 +70,7 @@ def compare_vectors(a: np.ndarray, b: np.ndarray, tolerance: float) -> Parity:
 def select_probes(embedder: Embedder, *, truncated: bool = True) -> dict[str, list[str]]:
     """Return probe texts by prompt: no instruction, an instruction, and every prompt that is stored with the model.
 
-    Prompts that leave no room for a text are left out.
+    Where truncated texts are left out, so are prompts under which every probe is truncated.
 
     Args:
         embedder: The model.
@@ -100,7 +100,8 @@ def encode_probes(embedder: Embedder, probes: Mapping[str, list[str]]) -> np.nda
 def list_padding_sides(transformer: TransformerConfig) -> tuple[str, ...]:
     """Return the sides on which a stock folder may be padded.
 
-    BERT counts positions from the start of a padded row. Where they follow the padding token, transformers leaves padding out.
+    BERT counts positions from the start of a padded row. RoBERTa, whose positions start after the id of the padding token,
+    skips padding.
     """
     counts_padding = transformer.position_kind == "learned" and not transformer.position_offset
     return ("right",) if counts_padding else ("right", "left")

@@ -32,7 +32,7 @@ class PushTarget:
     may_exist: bool = False
 
     def check(self) -> None:
-        """Check everything that could fail later: the name, the token, and whether the repository exists.
+        """Check what can be checked before the export: the name, the token, and whether the repository exists.
 
         Raises:
             UserError: Nothing can be pushed there.

@@ -18,7 +18,7 @@ from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, is_peft_folder, re
 from jaxembed.formats.published import find_first_stage_adapters
 from jaxembed.formats.run_files import BASE_RECORD_FILE, name_merged_adapters, read_run_file
 from jaxembed.hub.base import Base, BaseWithWeights, FolderBase, PresetBase
-from jaxembed.hub.folders import PRESET_PREFIX, find_folder
+from jaxembed.hub.folders import PRESET_PREFIX, expand_home, find_folder
 from jaxembed.hub.restore import RunBase
 from jaxembed.hub.spec_files import make_preset_spec, read_adapter_spec, read_folder_spec
 from jaxembed.model.presets import find_preset
@@ -57,8 +57,8 @@ def find_model(name: str, checkpoint: str = "best") -> BaseWithWeights:
     Raises:
         UserError: There is no such model or checkpoint.
     """
-    if exists(Path(name) / BASE_RECORD_FILE):
-        return find_run(name, Path(name), checkpoint)
+    if exists((folder := expand_home(name)) / BASE_RECORD_FILE):
+        return find_run(name, folder, checkpoint)
     return find_base_with_weights(name)
 
 

@@ -51,7 +51,7 @@ class DtypeQuality:
 
     Attributes:
         dtype: Name of the dtype.
-        cosine: Smallest cosine to the float32 vectors of the model; NaN if a vector is not finite.
+        cosine: Smallest cosine to the vectors of the same weights in float32; NaN if a vector is not finite.
         overflow: First layer with a value too large for the dtype; empty if there is none.
     """
 
@@ -77,7 +77,7 @@ def measure_dtypes(folder: Path, spec: EmbeddingSpec) -> list[DtypeQuality]:
     Code has long runs of rare tokens, which prose lacks. The texts are few and short, because they are encoded three times.
 
     Args:
-        folder: The exported folder, whose vectors in float32 are those of the model.
+        folder: The exported folder. Each dtype is compared with float32 for the weights in it.
         spec: Spec of the model.
     """
     import torch

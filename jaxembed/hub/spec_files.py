@@ -92,7 +92,7 @@ def read_folder_spec(name: str, folder: Path, config: Mapping[str, Any], transfo
     return _apply_layout(spec, layout, name, folder, str(config.get("_name_or_path")), transformer)
 
 
-def describes_vectors(folder: Path) -> bool:
+def has_spec_files(folder: Path) -> bool:
     """Return whether a folder has a file that says how texts become vectors."""
     return exists(folder / SPEC_FILE) or exists(folder / MODULES_FILE)
 
@@ -100,7 +100,7 @@ def describes_vectors(folder: Path) -> bool:
 def log_default_spec(folder: Path, spec: EmbeddingSpec) -> None:
     """Log once that a folder is encoded with our defaults, because none of its files says how texts become vectors."""
     is_default = spec == EmbeddingSpec(max_length=spec.max_length)
-    if is_default and not describes_vectors(folder):
+    if is_default and not has_spec_files(folder):
         log_once(
             f"{folder}: no file says how texts become vectors, so the defaults are used ({spec.attention} attention, "
             f"{spec.pooling} pooling)",
@@ -154,7 +154,10 @@ def _apply_layout(
     weights_name: str,
     transformer: TransformerConfig,
 ) -> EmbeddingSpec:
-    """Return the spec with the choices of a published layout, if there is one. Prompts of the files remain."""
+    """Return the spec with the choices of a published layout, if there is one, and at most the length of the transformer.
+
+    Prompts of the files remain.
+    """
     if layout is not None:
         log.info("%s: read as %s", name, layout.title)
         choices = layout.read_spec_choices(folder, weights_name)

@@ -52,10 +52,10 @@ def check_exportable(spec: EmbeddingSpec) -> None:
             f"model.attention: {spec.attention} cannot be exported, because stock classes lack this mask "
             "(expected causal or bidirectional). Export only the adapters, or train with another mask."
         )
-    if spec.pool_last_instruction_token and spec.pooling in POOLING_MODES:
+    if spec.pool_last_instruction_token and not spec.include_instruction and spec.pooling in POOLING_MODES:
         raise UserError(
             f"{spec.pooling} pooling with the last token of the instruction cannot be exported, because stock classes pool "
-            "either all of the instruction or nothing. Train it further with another setting."
+            "either all of the instruction or nothing. Train it further with model.pooling.include_instruction=true."
         )
     if spec.echo:
         raise UserError(

@@ -50,8 +50,8 @@ def info_nce(config: InfoNCEConfig, encoded: EncodedBatch) -> LossAndMetrics:
         mask_same_label=config.mask_same_label, margin=config.margin, is_guided=config.guide is not None,
         guide_margin=config.guide_margin, is_guide_margin_relative=config.guide_margin_kind == "relative",
     )  # fmt: skip
-    # A denominator is a list of the logarithms of its terms, [B] each. The first denominator holds the positive, the query's
-    # own negatives and the direction `query_document`. With `per_direction`, a second one holds the directions of the positive.
+    # A denominator is a list of the logarithms of its terms, [B] each. The first one holds the positive, the query's own
+    # negatives and all directions. With `per_direction`, a second one holds the directions of the positive instead.
     denominators = [[scale * positive], []] if config.per_direction else [[scale * positive]]
     max_negative, count = jnp.full_like(positive, -jnp.inf), jnp.zeros_like(positive)
 
@@ -136,8 +136,8 @@ def _score_own_negatives(
     queries: AnchorVectors,
     documents: TextInfo,
     scale: jax.Array,
-) -> tuple[Float[Array, "b k"], Float[Array, "b k"], Bool[Array, "b k"]]:
-    """Return logits, scores and presence [B, K] of each query's own negatives, followed by its mixed negatives."""
+) -> tuple[Float[Array, "b km"], Float[Array, "b km"], Bool[Array, "b km"]]:
+    """Return logits, scores and presence, [B, KM] = [B, K + M], of each query's K own negatives and then its M mixed ones."""
     # Score the K negatives of each query, and find those that are probably positives.
     negatives = encoded.documents[:, 1:]
     scores = jnp.einsum("bd,bkd->bk", queries.vectors, negatives, precision=HIGHEST_PRECISION)

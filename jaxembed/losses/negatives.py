@@ -22,7 +22,7 @@ class TextInfo:
     Attributes:
         text_hash: Hash of the text, uint32 [..., 2].
         query_hash: Hash of the query that the text is or belongs to, uint32 [..., 2].
-        positive_hashes: Hashes of all known positives of that query, uint32 [..., P, 2].
+        positive_hashes: Hashes of all known positives of that query, and of the query itself, uint32 [..., P, 2].
         in_batch: True if the text is present and its source uses in-batch negatives, bool [...].
         is_present: False for absent documents, bool [...].
         label: Label in its source, -1 for none, int [...].

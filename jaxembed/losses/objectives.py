@@ -131,14 +131,16 @@ class Objectives:
             shards: Number of equal, contiguous parts into which the queries are split over devices.
 
         Returns:
-            The sum, and the metrics of the whole model; the sums of the exits (exit_LAYERS, exit_random), and `exit_align`.
+            The sum, and the metrics of the whole model; the sums of the exits (exit_LAYERS, exit_random, exit_random_2 and so
+            on), and `exit_align`.
         """
 
         def sum_objectives(x: int) -> LossAndMetrics:
             return self(vectors[:, 0, x], vectors[:, 1:, x], batch, key, params, shards)
 
         total, metrics = sum_objectives(0)
-        names = [*(f"exit_{layers}" for layers in self.exits.layers), *["exit_random"] * self.exits.random]
+        names = [f"exit_{layers}" for layers in self.exits.layers]
+        names += [f"exit_random_{n}" if n > 1 else "exit_random" for n in range(1, self.exits.random + 1)]
         for x, (name, weight) in enumerate(zip(names, self.exits.all_weights, strict=True), start=1):
             metrics[name], _ = sum_objectives(x)
             total = total + weight * metrics[name]

@@ -23,9 +23,11 @@ from jaxembed.model.masks import MASKS, Mask, TokenInfo
 from jaxembed.model.pooling import make_pooling, make_segment_mask
 from jaxembed.model.transformer import ComputeOptions, Transformer
 
-# Fields of the spec that only tokenization reads: the compiled program does not depend on them.
+# Fields of the spec that the compiled program does not depend on. Most of them are for tokenization.
 TEXT_FIELDS = (
-    "prompts", "fixed_prompts", "plain_prompt", "instruction_template", "query_suffix", "max_length", "text_length",
+    "prompts", "fixed_prompts", "plain_prompt", "instruction_template", "instruction_table", "query_suffix",
+    "example_template", "echo", "plain_echo", "append_eos", "eos_as_text", "pool_last_instruction_token", "pool_text_tokens",
+    "max_length", "text_length", "matryoshka_dims", "exit_layers",
 )  # fmt: skip
 # Fields of the spec that the program depends on, but not the parameters.
 PROGRAM_FIELDS = ("attention", "include_instruction", "normalize")
@@ -109,7 +111,7 @@ class EmbeddingModel(nn.Module):
         hidden: Float[Array, "r t d"] | None = None,
         exit_layers: Int[Array, " e"] | None = None,
     ) -> Float[Array, "r s *x p"]:
-        """Return the vector of every text. A "dropout" key among `rngs` turns on the dropout of adapters.
+        """Return the vector of every text. A "dropout" key among `rngs` turns on all dropout.
 
         Args:
             texts: The texts.

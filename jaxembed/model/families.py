@@ -95,7 +95,7 @@ class TransformerConfig:
             return windows
         return tuple(window and window // 2 for window in windows)
 
-    def list_windows(self, mask: Mask) -> tuple[int, ...]:
+    def list_distinct_windows(self, mask: Mask) -> tuple[int, ...]:
         """Return the distinct sliding windows. A layer without one counts with the maximum length."""
         return tuple(dict.fromkeys(window or self.max_positions for window in self.get_windows(mask)))
 

@@ -22,7 +22,7 @@ from jaxtyping import Float32
 
 STACKED_LAYERS = ("decoder", "layers")  # path of the parameters that are stacked over the layers
 FLOAT64_CHUNK = 1 << 22  # elements per float64 chunk
-MIN_ARC = 1e-8  # least 1 - |cosine| for slerp; below it, line and arc agree in float32, or the arc is undefined
+MIN_COSINE_GAP = 1e-8  # of 1 - |cosine| for slerp; below it, line and arc agree in float32, or the arc is undefined
 
 Tensor = Float32[np.ndarray, "*n"]
 
@@ -42,7 +42,7 @@ def compute_slerp_weights(a: Tensor, b: Tensor, t: float) -> tuple[float, float]
     if not length_a or not length_b:
         return compute_linear_weights(a, b, t)
     cosine = _dot(a, b) / (length_a * length_b)
-    if 1 - abs(cosine) < MIN_ARC:
+    if 1 - abs(cosine) < MIN_COSINE_GAP:
         return compute_linear_weights(a, b, t)
     angle, length = math.acos(cosine), (1 - t) * length_a + t * length_b
     # Slerp of the unit vectors: sin((1 - t) angle) / sin(angle) and sin(t angle) / sin(angle).

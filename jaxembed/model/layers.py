@@ -99,7 +99,9 @@ def make_dropout(module: nn.Module, rate: float) -> nn.Dropout:
 
 
 class RMSNorm(nn.Module):
-    """Computes x / rms(x) * (offset + scale) over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467), in float32.
+    """Computes x / rms(x) * (offset + scale) over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    At least in float32.
 
     Attributes:
         epsilon: Epsilon of the norm.
@@ -299,6 +301,6 @@ def apply_rope(x: Float[Array, "r t n h"], cos: jax.Array, sin: jax.Array) -> Fl
 
 
 def l2_normalize(x: Float[Array, "*b d"], floor: float = 1e-12) -> Float[Array, "*b d"]:
-    """Return x / |x|. A zero vector stays zero, with a zero gradient (jnp.linalg.norm would give NaN)."""
+    """Return x / |x|. A zero vector stays zero, and its gradient is finite (jnp.linalg.norm would give NaN)."""
     square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, floor**2))

@@ -121,7 +121,7 @@ def merge_adapters(params: Any, lora: LoraConfig) -> Any:
 
 
 def zero_adapters(params: Any) -> Any:
-    """Return parameters whose adapters change nothing, so that the model is its base. They have no gradient."""
+    """Return parameters whose adapters change nothing, so that the model is its base. No parameter has a gradient."""
     flat = flatten_dict(jax.lax.stop_gradient(params))
     return unflatten_dict({path: jnp.zeros_like(x) if path[-1] == "lora_b" else x for path, x in flat.items()})
 

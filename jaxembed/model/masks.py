@@ -33,7 +33,7 @@ class TokenInfo:
     Attributes:
         segment: Index of the token's text in its row, counted from 1; 0 for padding.
         position: Position in the text, counted from 0.
-        in_text: True for tokens of the text itself, False for tokens of its instruction.
+        in_text: True for tokens of the text itself (of its second copy with an echo), False for those before it.
     """
 
     segment: Any

@@ -43,7 +43,7 @@ def attend_einsum(
 ) -> Float[Array, "r t n h"]:
     """Return softmax(q k^T / sqrt(H)) v over the tokens that a query sees according to mask and segment.
 
-    It takes seven parameters because it is called like the other kernels, which have no dropout.
+    It takes seven parameters because it is called like the kernels of other platforms, and has dropout too.
 
     Args:
         q: Queries. Head n reads the key-value head n // (N / G).

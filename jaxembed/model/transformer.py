@@ -153,7 +153,7 @@ class TransformerLayer(nn.Module):
         attention = Attention(
             heads=c.heads, kv_heads=c.kv_heads, head_width=c.head_width, qkv_bias=c.qkv_bias, out_bias=c.out_bias,
             qk_norm=c.qk_norm, norm=c.norm, norm_epsilon=c.norm_epsilon, query_scale=c.query_scale,
-            windows=c.list_windows(self.mask), mask=self.mask, dtype=dtype, kernel=self.compute.attention_kernel,
+            windows=c.list_distinct_windows(self.mask), mask=self.mask, dtype=dtype, kernel=self.compute.attention_kernel,
             dropout=self.compute.dropout.attention, lora=self.lora, name="attention",
         )  # fmt: skip
         mlp = MLP(c.mlp_width, dtype, c.activation, c.gated_mlp, c.mlp_bias, self.lora, name="mlp")

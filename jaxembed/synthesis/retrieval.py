@@ -62,7 +62,7 @@ class DocumentIndex:
             return [[int(i) for i, score in zip(indices, scores, strict=True) if score > 0] for indices, scores in ranked]
         from jaxembed.search.nearest import search
 
-        return search(self._encode(queries, "query"), self._vectors, k).rows.tolist()
+        return search(self._encode(queries, "query"), self._vectors, k).indices.tolist()
 
     @functools.cached_property
     def _bm25(self) -> Bm25Index:

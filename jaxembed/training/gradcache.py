@@ -160,13 +160,14 @@ def gather_vectors(vectors: Float[Array, "r s d"], slots: Int[Array, "b *m"], sh
 def _find_texts_in_slots(slots: jax.Array, shards: int, chunks: int, chunk_slots: int) -> Int[Array, "c s t"]:
     """Return the text in each slot of each chunk, as an index into the texts of its shard. This inverts `slots`.
 
-    An empty slot gets the number of texts, which is out of bounds.
-
     Args:
         slots: Shard-local slot of each text, shard-major; -1 for an absent text.
         shards: Number of shards.
         chunks: Number of chunks.
         chunk_slots: Slots of one shard in one chunk.
+
+    Returns:
+        Indices [C, S, T] by chunk, shard and slot of the chunk. An empty slot has the number of texts, which is out of bounds.
     """
     shard_slots = slots.reshape(shards, -1)
     total_slots, texts = chunks * chunk_slots, shard_slots.shape[1]

@@ -27,13 +27,13 @@ log = logging.getLogger("jaxembed")
 
 PROJECT = "jaxembed"  # default project; WANDB_PROJECT overrides it for Weights & Biases
 ID_CHARS = 8
-OpenPackage = tuple[Callable[..., object], Callable[[], object]]  # log the values of a step; finish the run
+TrackingFunctions = tuple[Callable[..., object], Callable[[], object]]  # log the values of a step; finish the run
 
 
 class PackageLogger:
     """Passes metrics to a tracking package. A failure never stops training: after the first one, nothing more is logged."""
 
-    def __init__(self, name: str, package: OpenPackage, logged: Collection[tuple[int, frozenset[str]]] = ()):
+    def __init__(self, name: str, package: TrackingFunctions, logged: Collection[tuple[int, frozenset[str]]] = ()):
         """Wrap an open run.
 
         Args:
@@ -118,7 +118,7 @@ def _find_run_id(run_dir: Path, name: str) -> str:
     return Fields(ids, str(path)).string(name)
 
 
-def _open_wandb(config: Config, run_id: str) -> OpenPackage:
+def _open_wandb(config: Config, run_id: str) -> TrackingFunctions:
     import wandb
 
     run = wandb.init(
@@ -133,7 +133,7 @@ def _open_wandb(config: Config, run_id: str) -> OpenPackage:
     return run.log, run.finish
 
 
-def _open_trackio(config: Config, run_id: str) -> OpenPackage:
+def _open_trackio(config: Config, run_id: str) -> TrackingFunctions:
     import trackio
 
     run = trackio.init(
@@ -148,7 +148,7 @@ def _open_trackio(config: Config, run_id: str) -> OpenPackage:
     return run.log, trackio.finish  # not run.finish, after which trackio would finish the run again at exit
 
 
-OPENERS: dict[str, Callable[[Config, str], OpenPackage]] = {"wandb": _open_wandb, "trackio": _open_trackio}
+OPENERS: dict[str, Callable[[Config, str], TrackingFunctions]] = {"wandb": _open_wandb, "trackio": _open_trackio}
 LOGGER_ADVICE = {
     "wandb": "Set WANDB_API_KEY, set WANDB_MODE=offline to write to the run directory",
     "trackio": "Set TRACKIO_DIR to a folder that can be written",

@@ -168,8 +168,9 @@ class TrainingLoop:
             self.recorder.advance()
             score = None
             if evaluate and not is_stopping:
+                start_time = time.perf_counter()
                 score = self._get_ranking_score(self._evaluate(state, step)[self.best_metric], step)
-                stats.start_time = time.perf_counter()
+                stats.start_time += time.perf_counter() - start_time  # the rates are those of training
             if save:
                 self._save(state, step, score)
             if is_stopping and step < self.total_steps:

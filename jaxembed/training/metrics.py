@@ -31,7 +31,7 @@ class MetricLogger(Protocol):
 
 
 class Recorder:
-    """Writes the metrics of a run and shows its progress. It appends one JSON object for each logged step."""
+    """Writes the metrics of a run and shows its progress. A step may have several JSON objects: metrics, scores, warnings."""
 
     def __init__(self, run_dir: Path, start: int, steps: int, loggers: Sequence[MetricLogger] = ()):
         """Open the metrics of a run.

@@ -66,7 +66,7 @@ def count_kernel_weights(params: Any, adapters: int = 0) -> int:
         path: x for path, x in flat.items() if path[0] in ("decoder", "pooling") and path[-1] in ("kernel", *ADAPTER_PARAMS)
     }
     if ("pooling", "latents") in flat:
-        del kernels["pooling", "attention", "kv", "kernel"]  # applied to the latents once per step, not to tokens
+        kernels.pop(("pooling", "attention", "kv", "kernel"), None)  # applied to the latents once per step, not to tokens
     copies = max(adapters, 1)
     return sum(math.prod(x.shape) // (copies if path[-1] in ADAPTER_PARAMS else 1) for path, x in kernels.items())
 

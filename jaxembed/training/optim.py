@@ -39,21 +39,21 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimConfig, steps: int, has_adapters: bool = False) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, steps: int, has_named_adapters: bool = False) -> optax.GradientTransformation:
     """Build the optimizer: global-norm clipping, then AdamW.
 
     Args:
         config: Learning rate, weight decay and clipping.
         steps: Number of steps of the learning-rate schedule.
-        has_adapters: Whether several adapters are trained. Their updates are then counted apart from those of the shared
-            parameters, so that each adapter can have a count beside its moments. With one count for all, Adam's bias
+        has_named_adapters: Whether adapters with names are trained. Their updates are then counted apart from those of the
+            shared parameters, so that each adapter can have a count beside its moments. With one count for all, Adam's bias
             correction would be wrong for an adapter that only every n-th batch trains: until its second moments have
             filled, its steps would be too long by up to sqrt(n).
     """
     adam = optax.scale_by_adam()
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
-        optax.partition({ADAPTER_STATE: adam, "shared": adam}, _label_adam_groups) if has_adapters else adam,
+        optax.partition({ADAPTER_STATE: adam, "shared": adam}, _label_adam_groups) if has_named_adapters else adam,
         optax.add_decayed_weights(config.weight_decay, make_decay_mask),
         optax.scale_by_learning_rate(make_schedule(config, steps)),
     )

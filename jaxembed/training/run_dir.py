@@ -150,7 +150,7 @@ def record_versions(run_dir: Path) -> None:
     path = run_dir / "versions.json"
     versions = collect_package_versions()
     if path.is_file() and (changes := _summarize_differences(read_run_file(read_json, path), versions)):
-        log.warning("versions differ from those at the start of this run, so results are not bit-identical: %s", changes)
+        log.warning("versions differ from those of the last start of this run: results may not be bit-identical (%s)", changes)
     if processes.is_first():
         write_json(path, versions)
 

@@ -26,7 +26,6 @@ from jaxembed.training.optim import count_updates
 
 Metrics = dict[str, jax.Array]
 SCOPES = ("loss", "encode", "optimizer")  # names of the parts of a step in the compiled program
-EXITS_KEY = 1  # distinguishes the random key of the exits from the other keys of a step
 OBJECTIVE_PARAMS = "objectives"  # name of the objectives' parameters among the trained ones; the model does not have them
 
 
@@ -81,13 +80,13 @@ def compute_batch_loss(
     Returns:
         The weighted sum of the objectives, and its parts by name.
     """
-    dropout_key, objectives_key = jax.random.split(key)
+    dropout_key, objectives_key, exits_key = jax.random.split(key, 3)
     total, metrics = jnp.zeros(()), dict[str, jax.Array]()
     # Add the objectives that compare vectors.
     if batch.texts is not None:
         with jax.named_scope("encode"):
             slots = jnp.concatenate([batch.query_slot[:, None], batch.doc_slot], axis=1)
-            exit_layers = draw_exit_layers(objectives.exits, model.transformer.layers, jax.random.fold_in(key, EXITS_KEY))
+            exit_layers = draw_exit_layers(objectives.exits, model.transformer.layers, exits_key)
             vectors = encode(model, params, batch.texts, slots, dropout_key, chunk_rows, exit_layers, recompute=recompute)
         with jax.named_scope("loss"):
             objective_params, shards = params.get(OBJECTIVE_PARAMS, {}), batch.texts.shards
@@ -96,17 +95,17 @@ def compute_batch_loss(
             total, metrics = objectives.sum_over_exits(vectors, batch, objectives_key, objective_params, shards)
     # Add the objectives that predict tokens.
     for i, (label, config) in enumerate(objectives.token_configs.items()):
-        tokens, key = batch.token_batches[label], jax.random.fold_in(dropout_key, i)
+        tokens, token_key = batch.token_batches[label], jax.random.fold_in(dropout_key, i)
         with jax.named_scope("encode"):
             mask = MASKS[config.select_attention(model.spec.attention)]
-            hidden = encode_tokens(model, mask, params, tokens, key, chunk_rows, recompute=recompute)
+            hidden = encode_tokens(model, mask, params, tokens, token_key, chunk_rows, recompute=recompute)
         with jax.named_scope("loss"):
             metrics[label] = token_prediction_loss(config, hidden, get_head_table(model, params), tokens)
             total = total + config.weight * metrics[label]
         if isinstance(config, CausalLMConfig) and config.kl_to_base:
             with jax.named_scope("encode"):
                 base = model.clone(compute=dataclasses.replace(model.compute, dropout=DropoutConfig()))
-                reference = encode_tokens(base, mask, zero_adapters(params), tokens, key, chunk_rows, recompute=recompute)
+                reference = encode_tokens(base, mask, zero_adapters(params), tokens, token_key, chunk_rows, recompute=recompute)
             with jax.named_scope("loss"):
                 losses = kl_divergence(reference, hidden, get_head_table(model, params))
                 metrics[f"{label}_kl"] = average_over_groups(config, losses, tokens)

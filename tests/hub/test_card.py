@@ -54,6 +54,13 @@ def test_exported_folders_contain_no_local_paths(tmp_path: Path, monkeypatch: py
     assert (card.base, recipe["model"]["base"], recipe["run"]["dir"]) == ("base", "base", "run")
     assert recipe["data"]["sources"][0]["path"] == "pairs.jsonl"
     assert "secret-place" in (root / "run" / "config.yaml").read_text()
+    assert "trained with jaxembed from `base`, step 1" in (tmp_path / "out" / "README.md").read_text()
+    # A model that was not trained is not said to be.
+    base = Embedder.load(root / "base")
+    monkeypatch.chdir(root / "base")
+    export(base, tmp_path / "untrained", "float32", read_card(Path("."), base.revision))
+    text = (tmp_path / "untrained" / "README.md").read_text()
+    assert "# base\n" in text and f"exported with jaxembed (weights `{base.revision}`)" in text
     # Adapters must name their base, so that they can be loaded.
     export_adapters(root / "run", tmp_path / "adapters", "last")
     assert list_mentions(tmp_path / "adapters", "secret-place") == ["adapter_config.json"]

@@ -26,7 +26,8 @@ from jaxembed.formats.peft import write_adapters
 from jaxembed.hub.embedder import load_embedder
 from jaxembed.hub.frozen_encoder import open_frozen_encoder
 from jaxembed.hub.merging import merge_models
-from jaxembed.hub.resolve import find_base
+from jaxembed.hub.resolve import find_base, find_model
+from jaxembed.hub.restore import RunBase
 from jaxembed.hub.spec_files import write_spec
 from jaxembed.model.transformer import ComputeOptions
 from jaxembed.runs.train import train
@@ -84,7 +85,7 @@ def largest_difference(a: Embedder, b: Embedder) -> float:
     return max(float(np.abs(x - b_params[path]).max()) for path, x in a_params.items())
 
 
-def test_run_starts_from_the_best_checkpoint_of_an_earlier_run(folder: Path) -> None:
+def test_run_starts_from_the_best_checkpoint_of_an_earlier_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choices = ("model.attention=causal", "model.pooling={kind: latent_attention, latents: 5}", "model.projection.width=8")
     run(folder, "first", "base", *choices, "train.steps=2", noise=0.1)
     second = run(folder, "second", "first", "data.max_length=48", 'data.sources.0.instructions=["Look it up"]')
@@ -95,7 +96,10 @@ def test_run_starts_from_the_best_checkpoint_of_an_earlier_run(folder: Path) -> 
     assert (after.spec.attention, after.spec.pooling, after.spec.projection) == ("causal", "latent_attention", 8)
     # Its steps changed nothing, so it has the parameters of the last checkpoint.
     assert largest_difference(before, after) == 0
-    assert largest_difference(before, Embedder.load(folder / "first", checkpoint="1")) > 0
+    assert largest_difference(before, first := Embedder.load(folder / "first", checkpoint="1")) > 0
+    monkeypatch.setenv("HOME", str(folder))
+    assert Embedder.load("~/first", checkpoint="1").revision == first.revision == "first-1"
+    assert isinstance(model := find_model("~/first", "1"), RunBase) and model.step == 1
     # A run can be a frozen encoder too.
     guide = open_frozen_encoder(str(folder / "second"), folder / "cache")
     inputs = [EncoderInput("a", "query", "Find it"), EncoderInput("a", "query", ""), EncoderInput("a", "document", "")]

@@ -126,7 +126,7 @@ def test_each_adapter_is_trained_as_if_alone(folder: Path, monkeypatch: pytest.M
     )
     first, frozen = split_params(params)
     second = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.1), first)
-    optimizer = make_optimizer(optim, 9, has_adapters=True)
+    optimizer = make_optimizer(optim, 9, has_named_adapters=True)
     fresh = jax.jit(optimizer.init)(first)
     copy, stack = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree)), jax.jit(lambda *trees: stack_adapters(trees))
     step = make_train_step(model, Objectives([InfoNCEConfig()]), optimizer, make_schedule(optim, 9))

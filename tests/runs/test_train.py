@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from jaxembed.errors import UserError
 from jaxembed.hub.card import Card
 from jaxembed.hub.export import export
 from jaxembed.runs.train import train
+from jaxembed.training.loop import TrainingLoop
 from jaxembed.training.metrics import read_metrics
 
 
@@ -45,6 +47,29 @@ def test_training_learns_and_records_itself(folder):
     start = json.loads((run / "starts.jsonl").read_text())
     assert (start["step"], start["command"], start["devices"]) == (0, "python -m jaxembed.train whole.yaml", 2)
     assert 0 < start["parameters"] == start["trained_parameters"]
+
+
+def test_rates_count_all_steps_and_no_evaluation(folder, monkeypatch):
+    """Steps before an evaluation that falls between two logged steps count, the evaluation does not."""
+    seconds = {"step": 0.0, "evaluation": 0.0}
+
+    def time_method(name, kind):
+        method = getattr(TrainingLoop, name)
+
+        def run(*args):
+            start = time.perf_counter()
+            result = method(*args)
+            seconds[kind] += time.perf_counter() - start
+            return result
+
+        monkeypatch.setattr(TrainingLoop, name, run)
+
+    time_method("_start_step", "step")
+    time_method("_evaluate", "evaluation")
+    start = time.perf_counter()
+    train(make_config(folder, "rates", "train.steps=2", "train.log_every=2", "train.eval_every=1"))
+    (row,) = (row for row in read_metrics(folder / "rates") if "loss" in row)
+    assert seconds["step"] < 2 * row["step_seconds"] < time.perf_counter() - start - seconds["evaluation"]
 
 
 def test_training_records_sizes_shares_and_lengths_of_its_sources(folder):

@@ -59,6 +59,8 @@ def test_poolings_count_the_kernels_that_tokens_pass() -> None:
     assert count_kernel_weights(split_shapes(self_attention)[0]) == KERNEL_WEIGHTS + pooling_weights
     latent = EmbeddingSpec(pooling="latent_attention", latents=5, pooling_heads=2)  # heads as wide as the model
     assert count_kernel_weights(split_shapes(latent)[0]) == KERNEL_WEIGHTS + 2 * 8 * 16 + 8 * 64 + 32 * 8
+    paper = latent.replace(pooling="latent_attention_paper")  # attention without kernels, then a feed-forward layer
+    assert count_kernel_weights(split_shapes(paper)[0]) == KERNEL_WEIGHTS + 8 * 32 + 32 * 8
 
 
 def test_the_peak_is_that_of_the_chip_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
