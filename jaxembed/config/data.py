@@ -50,7 +50,7 @@ class PairTemplate(Section):
 NonEmpty = Annotated[str, Field(min_length=1)]
 # The limit is above that of any model. It refuses typos before memory is allocated.
 Tokens = Annotated[int, Field(gt=0, le=2**20)]
-FIELDS_WITH_SEVERAL_COLUMNS = frozenset({"pos", "neg", "pos_scores", "neg_scores"})
+LIST_FIELDS = ("pos", "neg", "pos_scores", "neg_scores")  # fields that are lists
 
 
 RowField = Literal[
@@ -202,10 +202,8 @@ class SourceConfig(Section):
     @classmethod
     def _check_columns(cls, columns: Any) -> Any:
         for field, names in columns.items() if isinstance(columns, dict) else ():
-            if isinstance(names, list | tuple) and names and field not in FIELDS_WITH_SEVERAL_COLUMNS:
-                raise ValueError(
-                    f"{field}: expected one column; a list is for {', '.join(sorted(FIELDS_WITH_SEVERAL_COLUMNS))}"
-                )
+            if isinstance(names, list | tuple) and names and field not in LIST_FIELDS:
+                raise ValueError(f"{field}: expected one column; a list is for {', '.join(sorted(LIST_FIELDS))}")
             column_names = names if isinstance(names, list | tuple) else [names]
             if not column_names or not all(isinstance(name, str) for name in column_names):
                 raise ValueError(f"{field} is {quote_value(names)} (expected the name of a column, or a list of names)")

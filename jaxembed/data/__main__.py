@@ -205,7 +205,10 @@ def name_shard(out: str, number: str, count: int) -> str:
 
 
 def read_data(args: argparse.Namespace, settings: config.Config | None) -> config.DataConfig:
-    """Return the `data` section of a config, with the sources of all stages, or a section of the named sources."""
+    """Return the `data` section of a config, with the sources of all stages, or a section of the named sources.
+
+    A preview has only the sources of the first stage.
+    """
     if bool(args.sources) == bool(settings):
         raise UserError("SOURCE: expected either sources or --config CONFIG.yaml. Name one of the two.")
     row_settings, hard_negatives = cli.get_row_settings(args), args.hard_negatives
@@ -215,7 +218,8 @@ def read_data(args: argparse.Namespace, settings: config.Config | None) -> confi
         return parse_section(config.DataConfig, tree, "command line")
     if hard_negatives is not None:
         raise UserError("--hard-negatives: applies to named sources only. Set data.hard_negatives in the config.")
-    return settings.stages[0].data.model_copy(update={"sources": settings.all_sources()})
+    data = settings.stages[0].data
+    return data if args.command == "preview" else data.model_copy(update={"sources": settings.all_sources()})
 
 
 def open_tokenizer(model: str | None, settings: config.Config | None) -> tuple[EmbeddingSpec, TextTokenizer | None]:

@@ -33,19 +33,21 @@ class ArrayRecordFile:
         for start in range(0, self.address_limit, RECORDS_PER_READ):
             addresses = range(start, min(start + RECORDS_PER_READ, self.address_limit))
             for address, content in zip(addresses, self._read_records(list(addresses)), strict=True):
-                yield address, f"{self.name}: record {address + 1}", content
+                yield address, self.locate(address), content
 
     def read(self, address: int) -> Any:
         """Return the content of the record at an address."""
         return self._read_records([address])[0]
 
+    def locate(self, address: int) -> str:
+        """Return file and number of the record at an address, for errors."""
+        return f"{self.name}: record {address + 1}"
+
     def _read_records(self, addresses: list[int]) -> Any:
         try:
             return self._reader.read(addresses)
         except RuntimeError as error:
-            raise UserError(
-                f"{self.name}: record {addresses[0] + 1} or a later record is damaged ({summarize(error)})"
-            ) from None
+            raise UserError(f"{self.locate(addresses[0])} or a later record is damaged ({summarize(error)})") from None
 
 
 def write_array_record(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

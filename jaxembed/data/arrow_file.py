@@ -46,7 +46,7 @@ class ArrowFile(TableFile):
             with path.open("rb") as file:
                 self._batches = _list_batches(file)
         except (*read_errors, ValueError, struct.error) as error:
-            raise UserError(f"{path}: not a complete Arrow file ({summarize(error)})") from None
+            raise UserError(f"{path}: cannot be read as a complete Arrow stream ({summarize(error)})") from None
         super().__init__(path, self._schema.names, [batch.rows for batch in self._batches], read_errors)
 
     def _read_group(self, group: int) -> Any:

@@ -117,7 +117,7 @@ class BatchPlan:
 
     @property
     def hash(self) -> str:
-        """Hash of the plan and its data. Plans with equal hashes see the same examples at every step."""
+        """Hash of the plan and its data. Plans with equal hashes have the same examples at every step (`_compute_hash`)."""
         return self._hash
 
     def with_sources(self, sources: Sequence[Source]) -> BatchPlan:
@@ -138,7 +138,8 @@ class BatchPlan:
         A source counts by its digest, its number of examples and its keys. Three kinds of keys are left out:
 
         - Keys that do not change the examples.
-        - Keys that the digest (split) or the number of examples (equality) covers.
+        - Keys that the digest (split) or the number of examples (equality) covers. A change of `equality` that keeps this
+          number is not noticed.
         - Keys of `KEYS_NEWER_THAN_HASH` with their default: the hash of a run of an earlier version does not have them.
         """
         ignored = {"catalog", "path", "name", "split", "equality"}
@@ -186,7 +187,8 @@ class BatchPlan:
 class QuotaSchedule:
     """Divides the items of every step among parts, in proportion to `shares`.
 
-    This is systematic sampling. The parts are adjacent intervals of the line [0, items_per_step], as long as their shares. In
+    This is systematic sampling. The parts are adjacent intervals of [0, items_per_step], with lengths in proportion to their
+    shares. In
     each step a grid of points, one apart, is shifted by the offset of that step, and a part gets the points in its interval.
     So the count of a step is the exact quota, rounded up or down. The offsets are multiples of the golden ratio's conjugate,
     modulo 1. They are spread evenly, so that the roundings cancel over many steps.

@@ -75,7 +75,7 @@ class BatchSampler:
         return source.draw(int(rng.integers(len(source))) if index is None else index, rng, self.hard_negatives)
 
     def _limit_few_shot(self, examples: list[Example]) -> list[Example]:
-        """Drop in-context examples, the last first, until they leave the text at least half of its tokens.
+        """Drop in-context examples, the last first, until the prompt takes at most half of the maximum length.
 
         Tokens are counted per in-context example, so that each one is tokenized once.
         """

@@ -175,8 +175,7 @@ def _map_ids_to_rows(rows: IndexedRows) -> dict[str, int]:
     for i in range(len(rows)):
         id_ = rows[i]["_id"]
         if id_ in id_rows:
-            locations = [where for _, where, _ in islice(rows.container.scan(), i + 1)]
-            raise UserError(f"{locations[i]}: duplicate _id {id_!r} (first in {locations[id_rows[id_]]})")
+            raise UserError(f"{rows.locate(i)}: duplicate _id {id_!r} (first in {rows.locate(id_rows[id_])})")
         id_rows[id_] = i
     return id_rows
 
@@ -215,7 +214,7 @@ class BeirPairRows:
         row_count: The number of queries that have relevant documents.
         digest: SHA-256 of the three files.
         max_positives: Maximum number of positives of a query.
-        drop_counts: Reason -> number of dropped queries.
+        drop_counts: Reason -> number of dropped queries, or of dropped positives of other queries.
     """
 
     def __init__(self, config: SourceConfig):

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxembed.config.data import LIST_FIELDS
 from jaxembed.data.csv_file import TextCells
-from jaxembed.data.schema import LIST_FIELDS, NUMBER_FIELDS, Row, parse_row
+from jaxembed.data.schema import NUMBER_FIELDS, Row, parse_row
 
 Columns = Mapping[Any, str | Sequence[str]]  # our field -> the container's column, or columns for a field that is a list
 CLASS_NUMBER = re.compile(r"-1|0|[1-9]\d{0,8}", re.ASCII)  # a label in a CSV file that is a number

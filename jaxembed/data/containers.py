@@ -68,6 +68,9 @@ class Container(Protocol):
     def read(self, address: int) -> Any:
         """Return the content of the row at an address."""
 
+    def locate(self, address: int) -> str:
+        """Return the location of the row at an address, for errors."""
+
 
 def open_container(source: str) -> Container:
     """Open what the path of a source names.

@@ -51,8 +51,8 @@ def convert_sources(data: DataConfig, cache: Path, outputs: Sequence[Sequence[Pa
         data: The sources.
         cache: Folder for the row indexes.
         outputs: Output files of each source. Its rows are split evenly among them.
-        as_pairs: Write the examples as rows of pairs, regardless of the format of the source. Documents are always written as
-            pairs.
+        as_pairs: Write the examples as rows of pairs, regardless of the format of the source. Documents, NLI rows and BEIR
+            folders are always written as pairs.
 
     Returns:
         The number of rows.
@@ -81,7 +81,7 @@ def _open_examples(data: DataConfig, cache: Path) -> list[CountedRows]:
 
 
 def _open_unchanged(source: SourceConfig, data: DataConfig, cache: Path) -> CountedRows:
-    """Open a source as rows of its own format. Documents have arbitrary fields and become pairs."""
+    """Open a source as rows of its own format; documents, NLI rows and BEIR folders as rows of pairs."""
     format_name, rows = open_rows(source, cache)
     if format_name == "documents":
         return _open_examples(data.model_copy(update={"sources": (source,)}), cache)[0]

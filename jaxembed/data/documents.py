@@ -24,8 +24,8 @@ DROP_REASONS = (INCOMPLETE, SAME_SIDES, TOO_SHORT, TOO_LONG)
 def make_document_schema(config: SourceConfig) -> RowSchema:
     """Return the schema whose index value encodes which `pair_templates` of a source make a usable pair of a row.
 
-    The value is the sum of 2^i over these templates i. If there is none, it is -1 - r, where r is the index of the reason
-    in `DROP_REASONS`, followed by the fields of `where`.
+    The value is the sum of 2^i over these templates i. If there is none, it is -1 - r, where r is the index of the
+    reason in a list: first `DROP_REASONS`, then one reason for each field of `where`.
     """
     keys = config.model_dump_json(include={"pair_templates", "equality", *FILTER_KEYS})
     return RowSchema(f"pairs of documents by {keys}", check_document, lambda row: _encode_usable_templates(row, config))

@@ -40,7 +40,7 @@ class FileSet:
     def locate(self, address: int) -> str:
         """Return where the row at an address is stored, for errors: file and line if the files have lines."""
         part, part_address = self._find_part(address)
-        return str(part.locate(part_address)) if hasattr(part, "locate") else f"{part.name}: row {part_address + 1}"
+        return str(part.locate(part_address))
 
     def _find_part(self, address: int) -> tuple[Any, int]:
         """Return the file of a row, and the address of the row there."""

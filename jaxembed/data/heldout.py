@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxembed.data.beir import join_title_and_text, write_beir
-from jaxembed.data.columns import parse_content
+from jaxembed.data.columns import build_row
 from jaxembed.data.containers import open_container
 from jaxembed.data.equality import hash_text
 from jaxembed.data.jsonl import write_jsonl
@@ -63,7 +63,7 @@ def split_pairs(pairs: str, out: Path, share: float, documents: str = "") -> dic
 def _read_rows(path: str, check: Callable[[Row], str | None]) -> list[dict[str, Any]]:
     rows = []
     for _, where, content in open_container(path).scan():
-        row = parse_content(content, where)
+        row = build_row(content, where, {})
         if problem := check(row):
             raise UserError(f"{where}: {problem}")
         rows.append(row)

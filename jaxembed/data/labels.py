@@ -28,8 +28,9 @@ class LabelSampler(ExampleSampler):
 
     The documents are of one of two kinds:
 
-    - Label texts, if there are two labels or `label_documents` is `labels`. The positive is the text of the row's label. The
-      negatives are texts of other labels: those of this source, or of all sources (`add_negative_labels`, KaLM-Embedding 2.1).
+    - Label texts, if `label_documents` is `labels`, or if it is `auto` and there are two labels. The positive is the text of
+      the row's label. The negatives are texts of other labels: those of this source, or of all sources
+      (`add_negative_labels`, KaLM-Embedding 2.1).
     - Examples otherwise. The positive is another text with the same label. The negatives are texts of other labels, each from
       a label drawn uniformly.
     """

@@ -47,6 +47,10 @@ class HubDataset:
         """Return the content of the row at an address."""
         return _name_classes(self._rows.read(address), self._class_names)
 
+    def locate(self, address: int) -> str:
+        """Return dataset and row number of the row at an address, for errors."""
+        return f"{self.name}: row {address + 1}"
+
 
 class LibraryRows:
     """The rows of a `datasets.Dataset` as the library reads them: through a memory map."""
@@ -84,7 +88,7 @@ class RowRanges:
 
 
 def load_hub_dataset(name: str) -> HubDataset:
-    """Load the dataset NAME:SPLIT or NAME/CONFIG:SPLIT from the Hugging Face cache, the hub or a local folder.
+    """Load the dataset NAME:SPLIT or ORG/NAME/CONFIG:SPLIT from the Hugging Face cache, the hub or a local folder.
 
     Splits and slices of them are read from their Arrow files. A dataset without files is read by the library.
     """
@@ -192,7 +196,11 @@ class TfDataset:
             row = {name: _to_python(value) for name, value in self._source[address].items()}
             return _name_classes(row, self._class_names)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.name}: row {address + 1} cannot be read ({summarize(error)})") from None
+            raise UserError(f"{self.locate(address)} cannot be read ({summarize(error)})") from None
+
+    def locate(self, address: int) -> str:
+        """Return dataset and row number of the row at an address, for errors."""
+        return f"{self.name}: row {address + 1}"
 
 
 def _parse_dataset_name(source: str, name: str) -> tuple[str, str]:

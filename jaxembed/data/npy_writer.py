@@ -29,6 +29,9 @@ def write_vectors(
         width: Width of the vectors.
         count: Expected number of vectors, for the progress bar. None: unknown.
         dtype: Dtype of the file.
+
+    Raises:
+        UserError: The file cannot be written.
     """
     num_written = 0
     try:

@@ -137,11 +137,14 @@ def pack_by_length(
 
 
 def split_rows(row_count: int, rows_per_call: int, shards: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (first row, last row, rows with padding) of each call. The last call pads its shards' rows to a power of two."""
+    """Yield (first row, row after the last one, rows with padding) of each call.
+
+    The last call pads its shards' rows to a power of two.
+    """
     for first in range(0, row_count, rows_per_call):
-        last = min(first + rows_per_call, row_count)
-        per_shard = -(-(last - first) // shards)
-        yield first, last, min(rows_per_call, shards << (per_shard - 1).bit_length())
+        end = min(first + rows_per_call, row_count)
+        per_shard = -(-(end - first) // shards)
+        yield first, end, min(rows_per_call, shards << (per_shard - 1).bit_length())
 
 
 def round_up_rows(rows: int) -> int:

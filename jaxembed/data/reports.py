@@ -23,7 +23,7 @@ from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 
 MAX_LISTED = 20  # bad rows of a source, and labels, that a report lists
-MAX_MEASURED_ROWS = 10_000  # evenly spread rows of a source whose texts are measured
+MAX_MEASURED_ROWS = 10_000  # evenly spread examples of a source whose texts are measured; more, if some make several pairs
 # The status of a source.
 USABLE, UNREACHABLE, MISSING_COLUMN, BAD_ROWS, REFUSED = "ok", "unreachable", "missing column", "bad rows", "refused"
 STATUS_CHARS = len(MISSING_COLUMN)  # the longest status

@@ -103,12 +103,11 @@ class IndexedRows:
         return len(self._addresses)
 
     def locate(self, index: int) -> str:
-        """Return where a row is stored, for errors: file and line, or the container and the number of the row."""
-        locate: Callable[[int], str] | None = getattr(self.container, "locate", None)
-        return locate(int(self._addresses[index])) if locate else f"{self.container.name} (row {index + 1})"
+        """Return where a row is stored, for errors: file and line, or the container and the number of the row in it."""
+        return self.container.locate(int(self._addresses[index]))
 
     def __iter__(self) -> Iterator[Row]:
-        """Yield all rows in order, read from the start of the container. The index stays out of memory if it has every row.
+        """Yield all rows in order. If the index has every row, they are read sequentially, without the index.
 
         Raises:
             UserError: A file changed meanwhile.
@@ -117,9 +116,13 @@ class IndexedRows:
             yield from (self[i] for i in range(len(self)))
             return
         number = 0
-        for number, (_, _, content) in enumerate(self.container.scan(), 1):
-            yield self.schema.select(build_row(content, f"{self.container.name} (row {number})", self.columns))
-        if number != len(self) or self._stamps != [_stamp_file(path) for path in self.container.files]:
+        try:
+            for number, (_, _, content) in enumerate(self.container.scan(), 1):
+                yield self.schema.select(build_row(content, f"{self.container.name} (row {number})", self.columns))
+            has_changed = number != len(self) or self._stamps != [_stamp_file(path) for path in self.container.files]
+        except FileNotFoundError:
+            has_changed = True
+        if has_changed:
             raise UserError(f"{self.container.name}: changed while it was in use. Restore it, and start again.")
 
     def __getitem__(self, index: int) -> Row:
@@ -202,7 +205,7 @@ Index = tuple[np.ndarray, np.ndarray, Mapping[str, Any]]  # entries [N], row ind
 
 def _load_index(rows: IndexedRows, cache: Path | None) -> Index:
     """Return the index of these rows from the cache, or build it."""
-    stamps = [_stamp_file(path) for path in rows.container.files]
+    stamps = rows._stamps
     if cache is None or not stamps:
         return _build_temporary_index(rows)
     # Read the file of this schema and these data, if it was written after the data.

@@ -32,7 +32,7 @@ class ExampleSampler(Protocol):
 
     Attributes:
         max_positives: Maximum number of positives of an example.
-        drop_counts: Reason -> number of rows, premises, queries or labels that are not used.
+        drop_counts: Reason -> number of rows, premises, queries, labels, or single texts that are not used.
     """
 
     max_positives: int

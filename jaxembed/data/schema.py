@@ -50,7 +50,6 @@ class Example:
 
 Row = Mapping[str, Any]
 RowCheck = Callable[[Row], str | None]  # returns what is wrong with a row, or None
-LIST_FIELDS = ("pos", "neg", "pos_scores", "neg_scores")  # fields that are lists
 NUMBER_FIELDS = ("score", "pos_scores", "neg_scores")  # fields that are numbers, or lists of numbers
 MISSING_FIELD = "missing"  # how a check describes an absent field
 MAX_LISTED_FIELDS = 10

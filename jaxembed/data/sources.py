@@ -87,9 +87,9 @@ class Source:
 
     @property
     def is_mineable(self) -> bool:
-        """Whether negatives can be mined for it: its documents answer single queries.
+        """Whether negatives can be mined for it: pairs, scored pairs above `min_score`, and pairs of documents.
 
-        Labels define their own negatives, and all pairs with scores are used for training.
+        Labels define their own negatives, all pairs with scores are used for training, and a chat has no documents to search.
         """
         return isinstance(self.sampler, PairSampler | ScoredPairSampler | DocumentSampler)
 

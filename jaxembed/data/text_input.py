@@ -55,7 +55,7 @@ def read_texts(source: str, field: str) -> Iterator[str]:
     """Yield the texts of an input: the lines of a text file, or one field of each row of any other.
 
     The extension of a file determines how it is read, as in training (`data.containers`). Blank lines of a text file are
-    empty texts, so that lines and vectors correspond; those at its end are skipped. Texts are truncated to `MAX_TEXT_CHARS`.
+    texts too, so that lines and vectors correspond; those at its end are skipped. Texts are truncated to `MAX_TEXT_CHARS`.
 
     Raises:
         UserError: A line is malformed. The error names file and line.

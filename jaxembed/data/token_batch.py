@@ -29,7 +29,7 @@ class TokenText(NamedTuple):
         targets: Token that the hidden state at each position predicts, NOT_PREDICTED for none, int32 [T].
         context: Number of leading tokens that are context. Masks such as `prefix_lm` treat them like an instruction.
         weight: Weight of each predicted token.
-        size: Divisor of the sum over the text's predicted tokens, if the text is a separate group.
+        size: What the text adds to the size of its group. The losses of a group are summed, and divided by its size.
     """
 
     tokens: np.ndarray
@@ -157,7 +157,7 @@ class TokenBatchBuilder:
 def round_up_predictions(count: int) -> int:
     """Return the smallest allowed number of predictions that is at least `count`: 4, 5, 6 or 7 times a power of two.
 
-    So at most a quarter is padding, and few programs are compiled, because most steps round to the same number.
+    So above 4 predictions at most a fifth is padding. Few programs are compiled, because most steps round to the same number.
     """
     unit = 1
     while 7 * unit < count:

@@ -65,7 +65,7 @@ def build_gemma_masks(config: Any, attention_mask: torch.Tensor) -> dict[str, to
     """Build the attention masks of Gemma 3. Those of transformers use `torch.vmap` and cannot be traced.
 
     Args:
-        config: Config of the transformer. A bidirectional mask has halved its window.
+        config: Config of the transformer. For a bidirectional mask, transformers has halved its `sliding_window`.
         attention_mask: 1 for tokens, 0 for padding [B, T].
 
     Returns:

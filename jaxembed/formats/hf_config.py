@@ -81,7 +81,7 @@ MISSING_FEATURES: Mapping[str, str] = MappingProxyType(
         "t5": "relative position biases",
     }
 )
-ORIGINAL_LENGTH = "original_max_position_embeddings"  # of texts, before the positions were scaled
+ORIGINAL_LENGTH = "original_max_position_embeddings"  # maximum tokens of a text before the positions were scaled
 # Scaling parameters that each supported `rope_type` needs.
 ROPE_SCALING_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

@@ -18,7 +18,7 @@ from jaxembed.model.embedder import PROJECTION_ACTIVATIONS
 from jaxembed.model.families import FAMILIES, TransformerConfig
 
 MODULES_FILE = "modules.json"
-MAX_PROJECTION_WIDTH = 2**12
+MAX_PROJECTION_WIDTH = 2**16  # as of the spec
 MODULE_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")  # the modules that are supported, in their order
 # sentence-transformers' names of the poolings without weights, and the suffixes of the flags in its older files.
 POOLING_MODES: dict[PoolingKind, str] = {
@@ -80,7 +80,8 @@ E5_PROMPT = re.compile(r"Instruct: .+?( ?\n ?Query: ?)", re.DOTALL)  # form of E
 TOKEN_POOLING_FILE = Path(__file__).with_name("token_pooling.py")
 TOKEN_POOLING_TYPE = f"{TOKEN_POOLING_FILE.stem}.TokenPooling"  # its type in modules.json
 STOCK_TYPE = re.compile(r"sentence_transformers(\.\w+)+")  # types of sentence-transformers' own classes
-# SHA-256 of the versions of this file in models that older versions exported.
+# SHA-256 of the versions of this file in models that older versions exported. Add the last one before the file changes:
+# folders with other versions are refused.
 EARLIER_TOKEN_POOLING_DIGESTS = frozenset(
     {
         "8a1a3602c7515bc20e5fb86c1eec16ec83c197042fe78d89d5d39070abe972a8",

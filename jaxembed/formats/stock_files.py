@@ -98,9 +98,9 @@ def build_rope_fields(transformer: TransformerConfig) -> dict[str, Any]:
 
 
 def _build_grouped_fields(transformer: TransformerConfig, rope: Mapping[str, Any], local_theta: float) -> dict[str, Any]:
-    """Return the rotary positions of a family that has others in layers with a window, and which layers those are.
+    """Return the RoPE fields of a family whose layers with a window have another base, and which layers those are.
 
-    - Gemma 3 has none by kind of layer (`rope_parameters`), because TEI refuses it with them. transformers reads both forms.
+    - Gemma 3 gets no `rope_parameters` by kind of layer, because TEI refuses a config with them. transformers reads both forms.
     - Without the size of a group, TEI refuses a model whose layers form no groups.
     """
     family, group = FAMILIES[transformer.family], find_window_group(transformer)

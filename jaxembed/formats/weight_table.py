@@ -119,7 +119,7 @@ def to_table_name(name: str) -> str:
 
 
 def get_model_part(table_name: str) -> str:
-    """Return the part of a model (transformer, language-model head, pooling, projection) that a tensor belongs to."""
+    """Return the part of a model that a tensor belongs to: decoder (any transformer), head, pooling or projection."""
     first = table_name.partition(".")[0]
     if table_name == LANGUAGE_MODEL_HEAD.tensor_name:
         return "head"

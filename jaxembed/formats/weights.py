@@ -117,8 +117,8 @@ def load_params(
     Args:
         folder: Folder of the model.
         transformer: The transformer: its family and its number of layers.
-        shapes: Tree of `ShapeDtypeStruct`s with the parts to load (transformer, pooling, projection). Its dtypes are those of
-            the result: float32, bfloat16, or int8 with scales.
+        shapes: Tree of `ShapeDtypeStruct`s with the parts to load (`get_model_part`). Its dtypes are those of the result:
+            float32, bfloat16, or int8 with scales.
         shardings: Tree of shardings with the same parts.
         updates: Low-rank updates by the path of their kernel. The product of the factors is added before rounding.
 
@@ -348,7 +348,7 @@ def save_params(
     Args:
         path: The file to write.
         params: The parameters of the model.
-        prefixes: The parts to write (transformer, pooling, projection), each with the prefix of its tensor names in the file.
+        prefixes: The parts to write (`get_model_part`), each with the prefix of its tensor names in the file.
         convert: Function applied to each tensor, for example a cast.
         family: Family of the transformer, if it is written.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-CANDIDATE_GROUP_SIZE = 32  # documents whose best score is compared with the bound before each of theirs is
-MIN_SPARE_CANDIDATES = 256  # beside a multiple of k
+CANDIDATE_GROUP_SIZE = 32  # documents of a group, which is skipped if its best score is below the bound
+MIN_SPARE_CANDIDATES = 256  # beside CANDIDATES_PER_RESULT * k
 CANDIDATES_PER_RESULT = 4
 
 

@@ -22,5 +22,5 @@ def fuse_rankings(rankings: Sequence[np.ndarray], fusion_k: int = FUSION_K) -> n
     all_ids = np.concatenate(rankings)
     terms = np.concatenate([1 / (fusion_k + np.arange(1, len(ranking) + 1)) for ranking in rankings])
     ids, first_positions, inverse = np.unique(all_ids, return_index=True, return_inverse=True)
-    scores = np.bincount(inverse, terms, len(ids)).round(12)
+    scores = np.bincount(inverse, terms, len(ids)).round(12)  # so that sums of equal terms in another order are ties
     return ids[np.lexsort((first_positions, -scores))]

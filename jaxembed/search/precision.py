@@ -34,8 +34,8 @@ def quantize_vectors(vectors: np.ndarray, precision: Precision, ranges: np.ndarr
 
     Args:
         vectors: float32 [N, W].
-        precision: int8 and uint8 divide the range of each dimension into 256 steps. binary and ubinary pack the signs of 8
-            dimensions into a byte, from which binary subtracts 128.
+        precision: int8 and uint8 divide the range of each dimension into 255 steps, whose ends have the levels 0 to 255. binary
+            and ubinary pack the signs of 8 dimensions into a byte, from which binary subtracts 128.
         ranges: Lowest and highest value of each dimension, float32 [2, W], for int8 and uint8. Values outside are clipped.
 
     Returns:

@@ -60,6 +60,10 @@ def search_quantized(
     if not (k := min(k, len(documents))):
         return SearchResult(np.zeros((len(queries), 0), np.int32), np.zeros((len(queries), 0), np.float32))
     batch_size = choose_faiss_batch_size(memory_mb, k)
+    if precision.endswith("binary"):
+        # The candidates of a query: packed bits, bits, and signs in float32.
+        bytes_per_query = 6 * min(OVERSAMPLING * k, len(documents)) * width
+        batch_size = max(1, min(batch_size, memory_mb * 2**20 // bytes_per_query))
     blocks = [queries[start : start + batch_size] for start in range(0, len(queries), batch_size)]
     if precision == "float32":
         results = [faiss.knn(block, documents, k, faiss.METRIC_INNER_PRODUCT) for block in blocks]
@@ -128,7 +132,7 @@ def _search_levels(index: Any, queries: np.ndarray, ranges: np.ndarray, k: int) 
 def _search_bits(index: Any, queries: np.ndarray, documents: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return scores and rows, [q, k] each, of the documents with the smallest Hamming distance, ordered by dot product."""
     _, rows = index.search(quantize_vectors(queries, "ubinary"), min(OVERSAMPLING * k, len(documents)))
-    bits = np.unpackbits(documents[rows], axis=-1, count=queries.shape[1])
-    scores = np.einsum("qd,qkd->qk", queries, 2.0 * bits - 1) / np.sqrt(queries.shape[1])
+    signs = np.where(np.unpackbits(documents[rows], axis=-1, count=queries.shape[1]), np.float32(1), np.float32(-1))
+    scores = np.einsum("qd,qkd->qk", queries, signs) / np.sqrt(queries.shape[1])
     best = select_best(rows, scores, k)
     return best.scores, best.indices

@@ -191,7 +191,8 @@ def test_preview_shows_the_input_of_the_model(
         "model": {"instruction_template": "Do {instruction}:"},
         "data": {"max_length": 48, "sources": [{"path": "pairs.jsonl", "instructions": ["find it"]}]},
     }
-    (data / "a.yaml").write_text(yaml.safe_dump(config))
+    second_stage = {"data": {"sources": [{"path": "texts.txt"}]}, "train": {"steps": 1}}  # not in the first batch
+    (data / "a.yaml").write_text(yaml.safe_dump({**config, "stages": [{"train": {"steps": 1}}, second_stage]}))
     report = run("preview", "--config", "a.yaml", "--batch-size", "3")
     shown = capsys.readouterr().out.splitlines()
     queries = [line for line in shown if " query " in line]

@@ -50,6 +50,11 @@ def test_rows_that_share_any_positive_stay_together(tmp_path: Path) -> None:
     assert trained.isdisjoint(heldout) and len(trained) + len(heldout) == 250 and 20 <= len(beir.query_rows) <= 120
 
 
+def test_nulls_are_absent_fields(tmp_path: Path) -> None:
+    assert split(tmp_path, rows=[row | {"prompt": None, "neg": None} for row in ROWS])["documents"] == 100
+    assert all(row.keys() == {"query", "pos"} for row in read_train(tmp_path / "out"))
+
+
 def test_added_rows_move_no_others(tmp_path: Path) -> None:
     split(tmp_path, rows=ROWS[:100])
     (tmp_path / "out").rename(tmp_path / "before")

@@ -62,7 +62,7 @@ def test_all_file_types_return_the_same_rows(tmp_path: Path, suffix: str) -> Non
     assert open_rows(folder).digest != whole.digest
 
 
-@pytest.mark.parametrize(("suffix", "separator"), [(".jsonl", ":"), (".parquet", ": row "), (".array_record", ": row ")])
+@pytest.mark.parametrize(("suffix", "separator"), [(".jsonl", ":"), (".parquet", ": row "), (".array_record", ": record ")])
 def test_rows_are_located_by_file_and_line_or_row(tmp_path: Path, suffix: str, separator: str) -> None:
     rows = open_rows(write_shards(tmp_path, PAIRS, suffix))
     for index, (shard, number) in {0: (0, 1), 8: (0, 9), 9: (1, 1), 24: (2, 7)}.items():

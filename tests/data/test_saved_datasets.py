@@ -65,7 +65,7 @@ def test_saved_datasets_are_read_without_a_memory_map(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for end in range(0, len(whole), 7):
         path.write_bytes(whole[:end])
-        with pytest.raises(UserError, match=r"saved/.*\.arrow: not a complete Arrow file \("):
+        with pytest.raises(UserError, match=r"saved/.*\.arrow: cannot be read as a complete Arrow stream \("):
             open_container(str(tmp_path / "saved"))
     path.write_bytes(whole)
     container = open_container(str(tmp_path / "saved"))
