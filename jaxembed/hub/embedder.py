@@ -58,8 +58,7 @@ class Embedder:
         mesh: The devices.
         hf_config: Hugging Face config of its transformer.
         revision: Name of its weights in messages, such as RUN-STEP.
-        weights_hash: SHA-256 of the weights that were loaded, followed by -ADAPTER if one was selected; empty if none were.
-            Models made from this one keep it.
+        weights_hash: SHA-256 of the weights that were loaded, and -ADAPTER if one was selected; empty if none were loaded.
     """
 
     model: EmbeddingModel
@@ -205,8 +204,7 @@ class Embedder:
         Raises:
             UserError: The model has no such `dim` or `prompt_name`, `long_texts` is unknown, the examples leave no room for a
                 text, or the model returns values that are not finite.
-            TypeError: `texts` is not a sequence of strings, `dim` is not an integer, two kinds of prompts are given, or
-                `examples` is malformed.
+            TypeError: An argument has another type, such as a string for `texts`, or two kinds of prompts are given.
         """
         check_texts(texts)
         width = self.model.width
@@ -307,8 +305,7 @@ class Embedder:
         if long_texts == "cut":
             return self.apply_to_texts(texts, [prompt] * len(texts), self._apply)
         text_pieces = self.tokenizer.split_texts(texts, prompt)
-        starts = np.cumsum([0, *map(len, text_pieces[:-1])])
-        pieces = list(chain.from_iterable(text_pieces))
+        starts, pieces = np.cumsum([0, *map(len, text_pieces[:-1])]), list(chain.from_iterable(text_pieces))
         vectors = self.apply_to_texts(pieces, [prompt] * len(pieces), self._apply)
         return np.asarray(COMBINE_PIECES[long_texts].reduceat(vectors, starts, axis=0))
 
