@@ -67,12 +67,11 @@ reject_late_dry_run() { # ARGUMENTS OF THE TRAIN COMMAND...: fails if --dry-run 
 
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# Checks that CONFIG.yaml is in this checkout, which is copied to the workers, and makes its path relative to it.
-require_config() {
+require_config() { # REASON: checks that CONFIG.yaml is in this checkout, and makes its path relative to it
   ((${#train_args[@]})) || fail "-- CONFIG.yaml is missing"
   train_args[0]=${train_args[0]#"$checkout"/}
   [[ ${train_args[0]} != /* && -f $checkout/${train_args[0]} ]] ||
-    fail "${train_args[0]}: no such file in $checkout (the checkout is copied to the workers)"
+    fail "${train_args[0]}: no such file in $checkout ($1)"
 }
 
 install_on_all_workers() { # KIND (tpu-vm or queued-resources) NAME FLAGS...: copies this checkout, and installs it
@@ -83,7 +82,9 @@ install_on_all_workers() { # KIND (tpu-vm or queued-resources) NAME FLAGS...: co
   [[ -n $dry_run ]] || archive_folder=$(mktemp -d "$archive_folder")
   archive=$archive_folder/jaxembed.tar.gz
   trap '[[ -n $dry_run ]] || rm -rf "$archive_folder"' EXIT
-  run tar -czf "$archive" -C "$checkout" -X "$checkout/.dockerignore" .
+  # With ./ an exclusion matches only at the top: jaxembed/runs is a package.
+  run tar -czf "$archive" -C "$checkout" --exclude=./.git --exclude=./.venv --exclude=./runs \
+    --exclude=__pycache__ --exclude='.*_cache' .
   run gcloud compute tpus "$kind" scp "$archive" "$name:jaxembed.tar.gz" "$@" --worker=all
   [[ -n $dry_run ]] || rm -rf "$archive_folder"
   # The Python of the TPU runtime may be older than 3.11, so uv installs one.

@@ -26,7 +26,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse_options 'name image accelerator topology chips slices claim restarts namespace' 'spot' "$@"
 : "${chips:=4}" "${slices:=1}" "${restarts:=10}"
 require_options --name --image --accelerator --topology
-[[ ${train_args[0]-} == /* && ${train_args[0]} != "$checkout"/* ]] || require_config
+[[ ${train_args[0]-} == /* && ${train_args[0]} != "$checkout"/* ]] || require_config "the image contains this checkout"
 
 label='[a-z0-9]([a-z0-9-]*[a-z0-9])?'
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ && ${#name} -le 45 ]] || # names of pods, limited to 63 characters, extend it

@@ -27,7 +27,7 @@ parse_options 'name zone project slices accelerator_type version' 'create spot' 
 require_options --name --zone --slices
 require_positive_integer --slices "$slices"
 ((slices > 1)) || fail "--slices: expected 2 or more (found $slices). Use launch/tpu_vm.sh for one slice"
-[[ -n $create && ${#train_args[@]} == 0 ]] || require_config
+[[ -n $create && ${#train_args[@]} == 0 ]] || require_config "the checkout is copied to the workers"
 location=(--zone="$zone" ${project:+--project="$project"})
 
 wait_until_active() { # fails if the request does

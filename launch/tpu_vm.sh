@@ -23,7 +23,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 parse_options 'name zone project accelerator_type version' 'create spot' "$@"
 require_options --name --zone
-[[ -n $create && ${#train_args[@]} == 0 ]] || require_config
+[[ -n $create && ${#train_args[@]} == 0 ]] || require_config "the checkout is copied to the workers"
 location=(--zone="$zone" ${project:+--project="$project"})
 
 if [[ -n $create ]]; then

@@ -95,7 +95,7 @@ def test_help_names_the_script_and_the_dry_run(name):
             "--slices: GKE joins only slices of several hosts (2 slices, but --topology 2x2 has one host)",
         ),
         ("gke_jobset", [*GKE, "--slices", "--", *TRAIN], "--slices needs a value"),
-        ("gke_jobset", [*GKE, "--", "no.yaml"], "no.yaml: no such file in "),
+        ("gke_jobset", [*GKE, "--", "no.yaml"], f"no.yaml: no such file in {ROOT} (the image contains this checkout)"),
         (
             "gke_jobset",
             [*GKE, "--topology", "3x3", "--", *TRAIN],
@@ -143,7 +143,13 @@ def test_dry_run_prints_the_gcloud_commands_of_a_real_run(name, tmp_path):
     assert not list(tmp_path.glob("jaxembed*")), "the archive is removed"
     with tarfile.open(tmp_path / "copy.tar.gz") as archive:
         names = set(archive.getnames())
-    assert {"./pyproject.toml", "./constraints.txt", "./jaxembed/train.py", "./configs/lora.yaml"} <= names
+    assert {
+        "./pyproject.toml",
+        "./constraints.txt",
+        "./jaxembed/train.py",
+        "./jaxembed/runs/train.py",
+        "./configs/lora.yaml",
+    } <= names
     assert not [n for n in names if n.startswith(("./.git/", "./.venv", "./runs")) or "__pycache__" in n]
 
 
