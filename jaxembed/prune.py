@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from jaxembed import cli
-from jaxembed.data.text_input import read_texts
+from jaxembed.data.text_input import is_pipe, read_texts
 from jaxembed.errors import UserError
 from jaxembed.training.shutdown import stop_on_signals
 
@@ -24,7 +25,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError("--activations-from: chooses the units of --mlp-width. Add it.")
     out = cli.prepare_new_output(args.out)
     for source in [*(args.vocabulary_from or ()), *(args.activations_from or ())]:
-        next(read_texts(source, args.field), None)  # a mistyped path is reported before weights are read
+        # A mistyped path is reported before weights are read. A pipe can be read only once.
+        if not is_pipe(source) and next(read_texts(source, args.field), None) is None:
+            raise UserError(f"{source}: has no texts")
     from transformers.utils import logging
 
     from jaxembed.hub.card import Card
@@ -58,9 +61,12 @@ def prune(embedder: Any, args: argparse.Namespace) -> Any:
 
 
 def read_all(sources: Sequence[str], field: str) -> Iterator[str]:
-    """Yield the texts of several files."""
+    """Yield the texts of several files or pipes. Raise `UserError` if one has none."""
     for source in sources:
-        yield from read_texts(source, field)
+        texts = read_texts(source, field)
+        if (first_text := next(texts, None)) is None:
+            raise UserError(f"{source}: has no texts")
+        yield from chain([first_text], texts)
 
 
 def describe_size(embedder: Any) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_the_command_writes_a_folder_and_reports_sizes(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     result = run(
         tmp_path / "base", tmp_path / "out", "--layer-count", "2", "--mlp-width", "40", "--activations-from",
-        tmp_path / "texts.txt", "--vocabulary-from", tmp_path / "texts.txt",
+        tmp_path / "texts.txt", "--vocabulary-from", open_pipe(),
     )  # fmt: skip
     pruned = Embedder.load(tmp_path / "out")
     transformer = pruned.model.transformer
@@ -130,6 +131,14 @@ def test_the_command_writes_a_folder_and_reports_sizes(tmp_path: Path) -> None:
     assert [result["after"][key] for key in ("layers", "mlp_width", "vocab_size")] == [2, 40, transformer.vocab_size]
     assert result["after"]["parameters"] < result["before"]["parameters"]
     assert np.isfinite(pruned.encode(TEXTS, prompt_name="query")).all()
+
+
+def open_pipe() -> str:
+    """Return the path of a pipe that holds the texts."""
+    reader, writer = os.pipe()
+    os.write(writer, "\n".join(TEXTS).encode())
+    os.close(writer)
+    return f"/dev/fd/{reader}"
 
 
 def run(*arguments: Any) -> dict[str, Any]:
@@ -159,4 +168,9 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         run(base, out, "--layer-count", 2, "--activations-from", tmp_path / "a.txt")
     with pytest.raises(UserError, match=r"a\.txt"):
         run(base, out, "--vocabulary-from", tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"a\.txt: has no texts\.$"):
+        run(base, out, "--vocabulary-from", tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"a\.txt: has no texts\.$"):
+        list(prune.read_all([str(tmp_path / "a.txt")], "text"))
     assert not out.exists()
