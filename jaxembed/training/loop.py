@@ -156,7 +156,7 @@ class TrainingLoop:
                 is_last = step == last_step
                 log = is_last or step % self.config.log_every == 0
                 evaluate = self.evaluate is not None and (is_last or step % self.config.eval_every == 0)
-                is_stopping = stop.is_due(step)
+                is_stopping = stop.is_due(step) and step < self.total_steps
                 save = is_last or evaluate or is_stopping or step % self.config.checkpoint_every == 0
                 if log or save:
                     self._check_finite(in_flight)
@@ -173,7 +173,7 @@ class TrainingLoop:
                 stats.start_time += time.perf_counter() - start_time  # the rates are those of training
             if save:
                 self._save(state, step, score)
-            if is_stopping and step < self.total_steps:
+            if is_stopping:
                 message = f"saved a checkpoint after step {step} of {self.total_steps}. Run the same command to resume."
                 raise Stopped(message, stop.signal)
         return state

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from jaxembed.errors import Stopped
 from jaxembed.formats.checkpoints import CheckpointReader, pick_step
 from jaxembed.training.loop import TrainingLoop
 
@@ -43,3 +45,30 @@ def test_a_score_that_is_not_finite_is_reported_and_not_saved() -> None:
     assert TrainingLoop._get_ranking_score(loop, 0.5, 3) == 0.5 and not lines
     assert TrainingLoop._get_ranking_score(loop, float("nan"), 4) is None
     assert lines == ["step 4: sts/spearman is not finite, so this checkpoint is not ranked"]
+
+
+@pytest.mark.parametrize("total_steps", [3, 4])
+def test_a_stop_signal_at_the_last_step_does_not_skip_its_evaluation(monkeypatch: pytest.MonkeyPatch, total_steps: int) -> None:
+    saved_scores: list[float | None] = []
+    checkpoints = SimpleNamespace(save=lambda state, cursor, score: saved_scores.append(score))
+    recorder = SimpleNamespace(advance=lambda: None, log=lambda *args: None, say=lambda line: None)
+    profile = SimpleNamespace(before_step=lambda step: None, after_step=lambda step, metrics: None)
+    train = SimpleNamespace(stall_timeout_s=60, log_every=100, eval_every=100, checkpoint_every=100)
+    monkeypatch.setattr(TrainingLoop, "_log", lambda self, step, metrics, stats: None)
+    monkeypatch.setattr(TrainingLoop, "_start_step", lambda self, state, batch, stats: (state, {"loss": 1.0, "grad_norm": 1.0}))
+    monkeypatch.setattr("jaxembed.training.loop.StepStats", lambda: SimpleNamespace(add=lambda *args: None, start_time=0.0))
+    fields = {"mesh": None, "train_step": None, "mfu_meter": None, "profile": profile, "recorder": recorder}
+    loop: Any = TrainingLoop(
+        stage=SimpleNamespace(last_step=3, index=0, plan_hash="", config=SimpleNamespace(train=train)),
+        total_steps=total_steps,
+        evaluate=lambda weights: {"sts/spearman": 0.5},
+        best_metric="sts/spearman",
+        checkpoints=checkpoints,
+        check_scores=lambda step, scores: None,
+        **fields,
+    )
+    stop: Any = SimpleNamespace(is_due=lambda step: True, signal=15)
+    state: Any = SimpleNamespace(step=2, weights=None)
+    with nullcontext() if total_steps == 3 else pytest.raises(Stopped, match="after step 3 of 4"):
+        loop.fit(state, iter([SimpleNamespace()]), stop)
+    assert saved_scores == [0.5 if total_steps == 3 else None]
