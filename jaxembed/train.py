@@ -88,6 +88,7 @@ def make_parser() -> cli.Parser:
     """Return the parser of the command line."""
     parser = cli.new_parser("train", f"{__doc__}\nThe same command resumes a run whose directory holds a checkpoint.")
     parser.epilog = f"shipped configs: {', '.join(list_shipped_configs())}"
+    parser.is_intermixed = True
     parser.hint = "Set config keys as train.steps=3. "
     parser.add_argument("--keys", action="version", version=make_key_table(Config), help="list every config key and exit")
     parser.add_argument("config", metavar="CONFIG.yaml", help="config file, or the name of a shipped config (below)")

@@ -78,7 +78,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     where = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1 or axis == "data")
     requested_count = math.prod(size for size in sizes.values() if size != -1)
     if requested_count > len(devices):
-        raise UserError(f"{where}: more devices than available ({len(devices)}). Use at most that many, or -1 for all.")
+        remedy = "" if -1 in sizes.values() else ", or -1 for one axis"
+        raise UserError(f"{where}: more devices than available ({len(devices)}). Use at most that many{remedy}.")
     if -1 in sizes.values() and len(devices) % requested_count:
         raise UserError(
             f"{where}: {requested_count} does not divide the number of available devices ({len(devices)}). Use a divisor."

@@ -14,6 +14,7 @@ BASE_RECORD_FILE = "base.json"  # describes the base of a run; a folder with thi
 DATA_REPORT_FILE = "data.json"  # sizes, shares and lengths of the sources of each stage
 LOGGERS_FILE = "loggers.json"  # the id of the run in each logger
 STARTS_FILE = "starts.jsonl"  # one line per start: time, command, devices, parameters
+TOKENIZER_FOLDER = "tokenizer"
 
 
 def name_merged_adapters(run_dir: Path, stage: int) -> Path:

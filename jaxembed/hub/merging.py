@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jaxembed.config import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.hub.base import BaseWithWeights
 from jaxembed.hub.card import Card
@@ -96,5 +97,10 @@ def _check_models_match(models: Sequence[str], bases: Sequence[BaseWithWeights])
 def _collect_shared_properties(base: BaseWithWeights) -> dict[str, Any]:
     """Return the properties that merged models must share: transformer, tokenizer, and spec without `FIRST_MODEL_FIELDS`."""
     tokenizer_state = read_tokenizer_state(build_text_tokenizer(base.tokenizer(), base.spec, base).hf_tokenizer)
-    spec = {key: value for key, value in base.spec.model_dump(mode="json").items() if key not in FIRST_MODEL_FIELDS}
+    spec = collect_shared_fields(base.spec)
     return {"transformer": dataclasses.asdict(base.transformer), "spec": spec, "tokenizer": tokenizer_state}
+
+
+def collect_shared_fields(spec: EmbeddingSpec) -> dict[str, Any]:
+    """Return the fields of a spec that merged models must share."""
+    return {key: value for key, value in spec.model_dump(mode="json").items() if key not in FIRST_MODEL_FIELDS}

@@ -16,7 +16,7 @@ from jaxembed.data.tokenize import TextTokenizer
 from jaxembed.errors import UserError
 from jaxembed.files import read_bytes
 from jaxembed.formats.checkpoints import CheckpointReader, compute_params_digest
-from jaxembed.formats.run_files import BASE_RECORD_FILE, read_run_file
+from jaxembed.formats.run_files import BASE_RECORD_FILE, TOKENIZER_FOLDER, read_run_file
 from jaxembed.formats.weights import LowRankUpdate, place_params, to_tensors
 from jaxembed.hub.base import Base, BaseWithWeights, add_weight_files
 from jaxembed.hub.text_tokenizer import build_text_tokenizer
@@ -90,7 +90,7 @@ class RunBase(BaseWithWeights):
 
     @property
     def _tokenizer_folder(self) -> Path:
-        return self.run_dir / "tokenizer"
+        return self.run_dir / TOKENIZER_FOLDER
 
     def _add_weights(self, digest: Any) -> None:
         digest.update(read_bytes(self.run_dir / BASE_RECORD_FILE))  # it contains the hash of the base under the adapters

@@ -108,6 +108,7 @@ def _plan_step(stage: Stage, batch: Batch, config: Config, model: EmbeddingModel
     with jax.set_mesh(mesh):
         step = stage.make_train_step(model, state)
     rows, row_length = batch.row_shapes[0]
+    prefix = config.get_key_prefix(stage.index)
     proposal = _propose(model, state, (rows, row_length), mesh, memory)
     try:
         program, _ = compile_step(step, state, compute_batch_shapes(mesh, batch), mesh, assignments)
@@ -118,7 +119,7 @@ def _plan_step(stage: Stage, batch: Batch, config: Config, model: EmbeddingModel
     return _make_report(state, program, memory, mesh) | {
         "rows": rows,
         "row_length": row_length,
-        "proposal": proposal and {**dataclasses.asdict(proposal), "settings": proposal.describe()},
+        "proposal": proposal and {**dataclasses.asdict(proposal), "settings": proposal.describe(prefix)},
     }
 
 
@@ -182,21 +183,21 @@ def _make_out_of_memory_error(
     config: Config, stage: Stage, needed_bytes: int, available_bytes: int, proposal: Proposal | None = None
 ) -> UserError:
     """Return the error of a step that does not fit. It names settings that fit, or lists those that would lower the memory."""
-    model, chunk_rows = config.model, stage.config.gradcache.rows
+    model, chunk_rows, prefix = config.model, stage.config.gradcache.rows, config.get_key_prefix(stage.index)
     is_applicable = {
-        "mesh.fsdp=-1": config.mesh.fsdp == 1,
-        "gradcache.rows=8": chunk_rows is None,
-        "a smaller gradcache.rows": (chunk_rows or 1) > 1,
+        "mesh.data=1 mesh.fsdp=-1": config.mesh.fsdp == 1 and config.mesh.tensor != -1,
+        f"{prefix}gradcache.rows=8": chunk_rows is None,
+        f"a smaller {prefix}gradcache.rows": (chunk_rows or 1) > 1,
         "model.remat=true": not model.remat,
         "model.unroll=false": model.unroll,
         "model.dtype=bfloat16": model.dtype == "float32",
         "model.lora": model.lora is None,
     }
     remedies = ", ".join(remedy for remedy, applies in is_applicable.items() if applies) or "more devices"
-    where = f"stages.{stage.index}: " if stage.index else ""
+    where = f"{prefix.removesuffix('.')}: " if prefix else ""
     problem = f"a step needs {_format_bytes(needed_bytes)}, but a device has {_format_bytes(available_bytes)}"
     if proposal is not None:
-        return UserError(f"{where}{problem}. By estimates, these settings fit: {proposal.describe()}.")
+        return UserError(f"{where}{problem}. By estimates, these settings fit: {proposal.describe(prefix)}.")
     return UserError(f"{where}{problem}. Try {remedies}.")
 
 

@@ -86,15 +86,13 @@ class Proposal:
     memory: float = 0.0
     seconds: float = 0.0
 
-    def describe(self) -> str:
-        """Return the settings as overrides of a config."""
-        settings = [f"mesh.data=-1 mesh.fsdp={self.fsdp}", f"model.remat={str(self.remat).lower()}"]
-        if self.policy != "nothing":
-            settings.append(f"model.remat_policy={self.policy}")
-        settings.append(f"gradcache.rows={'null' if self.rows is None else self.rows}")
-        if not self.recompute:
-            settings.append("gradcache.recompute=false")
-        return " ".join(settings)
+    def describe(self, prefix: str = "") -> str:
+        """Return all settings as overrides of a config. `prefix` precedes the keys of a stage."""
+        return (
+            f"mesh.data=-1 mesh.fsdp={self.fsdp} model.remat={str(self.remat).lower()} model.remat_policy={self.policy} "
+            f"{prefix}gradcache.rows={'null' if self.rows is None else self.rows} "
+            f"{prefix}gradcache.recompute={str(self.recompute).lower()}"
+        )
 
 
 def propose(sizes: StepSizes, mesh: Mesh, memory: int) -> Proposal | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from jaxembed.hub.merging import collect_shared_fields
 from jaxembed.runs.open import OpenedRun
 from jaxembed.training.metrics import NullRecorder, Recorder, read_metrics
 
@@ -40,7 +42,7 @@ class BaseMonitor:
             step: The step.
             scores: The scores after the step by SET/METRIC.
         """
-        for metric in self._standard_errors.keys() & scores.keys() - self._warned_metrics:
+        for metric in sorted(self._standard_errors.keys() & scores.keys() - self._warned_metrics):
             base_score, noise = self._base_scores[metric], self._standard_errors[metric]
             drop = base_score - scores[metric]
             if drop > noise:
@@ -53,15 +55,11 @@ class BaseMonitor:
 
 
 def describe_remedies(run: OpenedRun) -> str:
-    """Return advice for a model that is worse than its base.
-
-    Merging with the base needs the same attention, pooling and projection in both.
-    """
+    """Return advice for a model that is worse than its base. Merging is part of it where `merge` accepts both models."""
     remedy = "Lower optim.learning_rate, train fewer steps, or add general data."
-    spec, base_spec = run.spec, run.base.spec
-    if (spec.attention, spec.pooling, spec.projection) != (base_spec.attention, base_spec.pooling, base_spec.projection):
+    if len(run.model.adapters) > 1 or collect_shared_fields(run.spec) != collect_shared_fields(run.base.spec):
         return remedy
-    command = f"python -m jaxembed.merge MERGED {run.run_dir} {run.base.name}"
+    command = shlex.join(["python", "-m", "jaxembed.merge", "MERGED", str(run.run_dir), run.base.name])
     return f"{remedy} The mean of both models often keeps what the base knew: {command}"
 
 

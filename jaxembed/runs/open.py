@@ -26,6 +26,7 @@ from jaxembed.devices.mesh import Shards, count_shards, find_local_shards, make_
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import HeldOutSet, open_held_out_sets
 from jaxembed.files import cache_dir, name_in_errors
+from jaxembed.formats.run_files import TOKENIZER_FOLDER
 from jaxembed.hub.base import Base
 from jaxembed.hub.frozen_encoder import FrozenEncoder, ZeroEncoder
 from jaxembed.hub.resolve import find_base
@@ -253,7 +254,7 @@ def _open_tokenizer(run_dir: Path | None, base: Base, spec: EmbeddingSpec, plans
 
     A preset has no tokenizer: it trains one on the training texts.
     """
-    tokenizer_dir = run_dir / "tokenizer" if run_dir else None
+    tokenizer_dir = run_dir / TOKENIZER_FOLDER if run_dir else None
     if tokenizer_dir and tokenizer_dir.is_dir():
         return build_text_tokenizer(load_tokenizer(tokenizer_dir), spec, base)
     texts = chain.from_iterable(_iter_texts(source) for plan in plans for source in plan.sources)
@@ -298,7 +299,7 @@ def _open_stages(
         stage_tokenizer = build_text_tokenizer(
             tokenizer.hf_tokenizer, model.spec.replace(max_length=stage.data.max_length), base
         )
-        _check_prompts_fit(model.spec.prompts, stage_tokenizer)
+        _check_prompts_fit(model.spec.prompts, stage_tokenizer, config.get_key_prefix(index))
         source_names = [source.name for source in plan.queries.sources]
         objectives = Objectives(stage.objectives, stage.matryoshka, source_names, stage.exits, stage.quantization)
         sampler = BatchSampler(
@@ -343,11 +344,11 @@ def _count_schedule_steps(stages: Sequence[StageConfig], index: int) -> int:
     return sum(stage.train.steps for stage in stages[first_stage:end_stage])
 
 
-def _check_prompts_fit(prompts: Mapping[str, str], tokenizer: TextTokenizer) -> None:
+def _check_prompts_fit(prompts: Mapping[str, str], tokenizer: TextTokenizer, prefix: str) -> None:
     """Raise `UserError` if a prompt leaves no room for a text."""
     for name, prompt in prompts.items():
         if tokenizer.max_text_tokens([prompt])[0] < 1:
             raise UserError(
-                f"data.max_length is {tokenizer.spec.max_length}, but the {name} prompt {quote_value(prompt)} and the tokens "
+                f"{prefix}data.max_length is {tokenizer.spec.max_length}, but the {name} prompt {quote_value(prompt)} and the tokens "
                 "after a text take all of it. Raise it, or shorten the instruction."
             )

@@ -26,20 +26,25 @@ def open_ranges(config: Config, base: Base, width: int) -> np.ndarray | None:
     has it.
 
     Raises:
-        UserError: There is no such file, or it does not fit the vectors.
+        UserError: There is no such file, it does not fit the vectors, or stages name different files.
     """
     trains_int8 = any("int8" in stage.quantization.precisions for stage in config.stages)
     if not trains_int8 and all(set_config.precision != "int8" for set_config in config.eval.sets):
         return None
     run_path, base_path = Path(config.run.dir) / RANGES_FILE, Path(base.name) / RANGES_FILE
-    configured_path = next((stage.quantization.ranges for stage in config.stages if stage.quantization.ranges), None)
-    if not exists(run_path) and configured_path is None and not exists(base_path):
+    if exists(run_path):
+        return read_ranges(run_path, width)
+    configured_paths = list(dict.fromkeys(stage.quantization.ranges for stage in config.stages if stage.quantization.ranges))
+    if len(configured_paths) > 1:
+        found = " and ".join(configured_paths)
+        raise UserError(f"quantization.ranges: differs between stages (found {found}). All stages share one file: name one.")
+    if not configured_paths and not exists(base_path):
         key = "quantization.precisions" if trains_int8 else "eval.sets"
         raise UserError(
             f"{key}: int8 needs ranges (found neither quantization.ranges nor {base_path}). Write a file of them: python -m "
             f"jaxembed.encode {base.name} TEXTS OUT.npy --write-ranges RANGES.npy"
         )
-    return read_ranges(run_path if exists(run_path) else Path(configured_path or base_path), width)
+    return read_ranges(Path(configured_paths[0]) if configured_paths else base_path, width)
 
 
 def apply_ranges(stages: Sequence[Stage], ranges: np.ndarray | None) -> Sequence[Stage]:

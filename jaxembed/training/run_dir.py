@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import yaml
 from jaxembed.config import Config, read_run_config
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
-from jaxembed.files import exists, read_json, write_json, write_text
-from jaxembed.formats.run_files import read_run_file
+from jaxembed.files import exists, read_json, read_text, write_json, write_text
+from jaxembed.formats.run_files import TOKENIZER_FOLDER, read_run_file
 from jaxembed.training.resume_settings import collect_compared_settings, keep_recorded_equality
 from jaxembed.training.run_lock import RUN_LOCK_FILE, RunLock, check_unlocked
 
@@ -42,7 +43,7 @@ def check_run_dir(config: Config) -> Config:
     """Check that the run directory of a config is new, or holds a run that the config resumes.
 
     Only settings that change the losses are compared (`jaxembed.training.resume_settings`). A directory that holds nothing but
-    a config is not a run yet.
+    a config and a tokenizer is not a run yet.
 
     Returns:
         The config with the rules that the run has recorded (`keep_recorded_equality`).
@@ -51,10 +52,11 @@ def check_run_dir(config: Config) -> Config:
         UserError: The directory belongs to another config, holds files of something else, or another job trains there.
     """
     run_dir = Path(config.run.dir)
-    if not _holds_files(run_dir):
+    if not _holds_run(run_dir):
         return config
+    recorded_config = _check_settings(config, run_dir)
     check_unlocked(run_dir)
-    return keep_recorded_equality(_check_settings(config, run_dir), config)
+    return keep_recorded_equality(recorded_config, config)
 
 
 def _check_settings(config: Config, run_dir: Path) -> Config:
@@ -90,22 +92,44 @@ def create_run_dir(config: Config, lock: RunLock) -> Path:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        if _holds_files(run_dir):
+        if _holds_run(run_dir):
             _check_settings(config, run_dir)  # again: another job may have begun a run in the meantime
         else:
+            # A start that failed may have left the tokenizer of another base.
+            shutil.rmtree(run_dir / TOKENIZER_FOLDER, ignore_errors=True)
             write_text(config_path, config.dump())
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be written ({error.strerror}). Name another run.dir.") from None
     return run_dir
 
 
-def _holds_files(run_dir: Path) -> bool:
-    """Return whether a directory exists and has files other than a config, a lock, and unfinished files."""
+def _holds_run(run_dir: Path) -> bool:
+    """Return whether a directory has files of a run, or of something else (`_check_settings` distinguishes them).
+
+    A config and a tokenizer that a run has written, a lock, and unfinished files are not a run yet.
+
+    Raises:
+        UserError: Training would replace a config that no run has written.
+    """
     if not exists(run_dir):
         return False
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: is a file (expected a run directory). Name another run.dir.")
-    return any(path.name not in ("config.yaml", RUN_LOCK_FILE) and path.suffix != ".partial" for path in run_dir.iterdir())
+    names = {path.name for path in run_dir.iterdir() if path.suffix != ".partial"} - {RUN_LOCK_FILE}
+    if "config.yaml" not in names or names - {"config.yaml", TOKENIZER_FOLDER}:
+        return bool(names)
+    config_path = run_dir / "config.yaml"
+    if not _is_run_config(config_path):
+        raise UserError(f"{config_path}: is not a config that a run has written, and would be replaced. Name another run.dir.")
+    return False
+
+
+def _is_run_config(path: Path) -> bool:
+    """Return whether a config is written as a run of this version writes it, with all defaults."""
+    try:
+        return read_text(path) == read_run_config(path).dump()
+    except UserError:
+        return False
 
 
 def check_same_config(config: Config) -> None:

@@ -135,6 +135,34 @@ def test_settings_that_change_the_losses_are_refused(old_run: Path, override: st
         check_run_dir(load(old_run.parent, override))
 
 
+def test_a_start_that_failed_early_does_not_bind_the_directory(tmp_path: Path) -> None:
+    """A wrong eval.best, for example, is found when the config and the tokenizer are written."""
+    wrong, corrected = load(tmp_path, "eval.best=typo"), load(tmp_path, "train.steps=13")
+    with RunLock(tmp_path / "run") as lock:
+        (create_run_dir(wrong, lock) / "tokenizer").mkdir()
+    with RunLock(tmp_path / "run") as lock:
+        create_run_dir(check_run_dir(corrected), lock)
+    assert (tmp_path / "run" / "config.yaml").read_text() == corrected.dump()
+    assert not (tmp_path / "run" / "tokenizer").exists(), "the corrected config may name another base"
+
+
+def test_a_config_of_the_user_is_not_replaced(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine.yaml").rename(tmp_path / "run" / "config.yaml")
+    with pytest.raises(UserError, match=r"run/config\.yaml: is not a config that a run has written, and would be replaced\."):
+        check_run_dir(config)
+
+
+def test_a_folder_of_something_else_is_not_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds files, but not a run"):
+        check_run_dir(load(tmp_path))
+    (tmp_path / "run" / "lock").mkdir()
+    with pytest.raises(UserError, match="holds files, but not a run"):
+        check_run_dir(load(tmp_path))
+
+
 def test_settings_of_stages_are_compared_like_those_of_a_single_stage(tmp_path: Path) -> None:
     stages = "stages=[{train: {steps: 2, log_every: 3}}, {train: {steps: 3}}]"
     path = tmp_path / "mine.yaml"
