@@ -33,7 +33,8 @@ def test_a_mesh_has_all_devices_or_the_requested_number() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((9, 1, 1), r"mesh.data=9: more devices than available \(8\)"),
+        ((9, 1, 1), r"mesh.data=9: more devices than available \(8\)\. Use at most that many, or -1 for one axis\."),
+        ((-1, 9, 1), r"mesh.data=-1, mesh.fsdp=9: more devices than available \(8\)\. Use at most that many\.$"),
         ((2, 4, 2), r"mesh.data=2, mesh.fsdp=4, mesh.tensor=2: more devices than available \(8\)"),
         ((-1, 3, 1), r"mesh.data=-1, mesh.fsdp=3: 3 does not divide the number of available devices \(8\)"),
     ],

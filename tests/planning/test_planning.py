@@ -140,15 +140,20 @@ def test_the_error_of_too_little_memory_lists_remedies(tmp_path: Path) -> None:
     stage: Any = SimpleNamespace(index=0, config=config.stages[0])
     message = str(_make_out_of_memory_error(config, stage, 40 << 30, 16 << 30))
     assert message == (
-        "a step needs 40.00 GiB, but a device has 16.00 GiB. Try mesh.fsdp=-1, a smaller gradcache.rows, "
+        "a step needs 40.00 GiB, but a device has 16.00 GiB. Try mesh.data=1 mesh.fsdp=-1, a smaller gradcache.rows, "
         "model.dtype=bfloat16, model.lora."
     )
+    assert runs.make_config(tmp_path, "run", "mesh.data=1", "mesh.fsdp=-1").mesh.fsdp == -1, "the remedy is accepted"
+    staged = runs.make_staged_config(tmp_path, "staged", [{"train": {"steps": 1}}, {"train": {"steps": 1}}])
+    stage.config = staged.stages[0]
+    message = str(_make_out_of_memory_error(staged, stage, 40 << 30, 16 << 30))
+    assert message.startswith("stages.0: a step needs") and ", stages.0.gradcache.rows=8, " in message
 
 
 def test_a_step_that_does_not_fit_its_device_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.write_base_and_data(tmp_path)
     monkeypatch.setattr("jaxembed.planning.plan._get_device_memory", lambda: 1 << 10)
-    message = r"^a step needs [\d.]+ MiB, but a device has 1\.00 KiB\. Try mesh\.fsdp=-1, "
+    message = r"^a step needs [\d.]+ MiB, but a device has 1\.00 KiB\. Try mesh\.data=1 mesh\.fsdp=-1, "
     with pytest.raises(UserError, match=message):
         make_plan(runs.make_config(tmp_path, "run"))
 
