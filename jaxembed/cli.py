@@ -138,7 +138,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
-        self.exit(2, f"error: {message}. {self.hint}See {self.prog} --help.\n")
+        self.exit(2, f"error: {' '.join(message.split())}. {self.hint}See {self.prog} --help.\n")
 
 
 def new_parser(command: str, description: str) -> Parser:
@@ -343,6 +343,8 @@ def prepare_output(out: Path) -> Path:
     Raises:
         UserError: `atomic_write` could not write there.
     """
+    if not out.name:
+        raise UserError(f"{out}: is a folder (expected an output to write). Name another output.")
     make_output_folder(out.parent, f"{out}: its folder")
     try:
         check_writable(out)

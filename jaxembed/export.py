@@ -113,8 +113,10 @@ def check_adapter_options(args: argparse.Namespace) -> None:
     Raises:
         UserError: An option does not apply to adapters, or MODEL is not a run.
     """
-    if args.layers is not None or args.dtype != "float32" or args.layout != LAYOUTS[0] or args.adapter is not None:
-        raise UserError("--adapters: writes all adapters of a run unchanged. Omit --layers, --dtype, --layout and --adapter.")
+    changes_model = args.layers is not None or args.dtype != "float32" or args.layout != LAYOUTS[0]
+    if changes_model or args.adapter is not None or args.fsdp != 1:
+        options = "--layers, --dtype, --layout, --adapter and --fsdp"
+        raise UserError(f"--adapters: writes all adapters of a run unchanged. Omit {options}.")
     if not (Path(args.model) / BASE_RECORD_FILE).is_file():
         raise UserError(f"{args.model}: not a run directory (--adapters expects a run that was trained with model.lora).")
 

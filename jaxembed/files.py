@@ -34,7 +34,8 @@ def cache_dir() -> Path:
     try:
         default = Path.home() / ".cache" / "jaxembed"
         default.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return default
+        if os.access(default, os.W_OK | os.X_OK):
+            return default
     except (OSError, RuntimeError):  # RuntimeError: there is no home directory
         pass
     fallback = Path(tempfile.gettempdir()) / f"jaxembed-{os.geteuid()}"

@@ -10,7 +10,7 @@ import jaxembed
 from helpers import tiny
 from helpers.commands import ENV
 from jaxembed.__main__ import COMMANDS
-from jaxembed.cli import prepare_new_output
+from jaxembed.cli import new_parser, prepare_new_output, prepare_output
 from jaxembed.errors import UserError
 
 PACKAGE = Path(jaxembed.__file__).parent
@@ -53,6 +53,27 @@ def test_an_output_that_is_a_link_to_nothing_is_refused(tmp_path: Path, target: 
     (tmp_path / "out").symlink_to(target)
     with pytest.raises(UserError, match="out: already exists"):
         prepare_new_output(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("path", [".", "/"])
+def test_an_output_without_a_name_is_refused(path: str) -> None:
+    with pytest.raises(UserError, match=r"is a folder \(expected an output to write\)"):
+        prepare_output(Path(path))
+
+
+def test_an_argument_with_a_line_break_is_reported_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        new_parser("data", "").parse_args(["a\nb"])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_train_takes_overrides_before_and_after_its_options() -> None:
+    from jaxembed.train import make_parser
+
+    orders = ["c.yaml a=1 b=2 --plan --slices 2", "c.yaml a=1 --plan b=2 --slices 2", "--plan c.yaml --slices 2 a=1 b=2"]
+    for order in orders:
+        args = make_parser().parse_args(order.split())
+        assert (args.config, args.overrides, args.plan, args.slices) == ("c.yaml", ["a=1", "b=2"], True, 2)
 
 
 CONFIG = "model: {base: BASE}\ndata: {sources: [{path: pairs.jsonl, format: pairs}]}\ntrain: {batch_size: 8}\nrun: {dir: out}\n"

@@ -84,6 +84,12 @@ def test_a_home_that_cannot_be_written_is_not_used(homeless: Path, monkeypatch: 
     assert cache_dir().parent == homeless
 
 
+def test_a_cache_that_cannot_be_written_is_not_used(homeless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: homeless / "home")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert cache_dir() == homeless / f"jaxembed-{os.geteuid()}"
+
+
 def test_a_cache_that_another_user_prepared_is_refused(homeless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fallback = homeless / f"jaxembed-{os.geteuid()}"
     (homeless / "theirs").mkdir()

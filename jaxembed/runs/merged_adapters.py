@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxembed.devices import processes
 from jaxembed.devices.placement import to_host
+from jaxembed.files import name_in_errors
 from jaxembed.formats.peft import write_adapters
 from jaxembed.formats.run_files import name_merged_adapters
 from jaxembed.hub.base import Base, BaseWithWeights
@@ -48,9 +49,13 @@ def merge_trained_adapters(run: OpenedRun, stage: Stage, state: TrainState) -> T
         partial_folder = folder.with_suffix(".partial")
         for path in (partial_folder, folder):  # of a run that was killed here, or went back to an earlier checkpoint
             shutil.rmtree(path, ignore_errors=True)
-        partial_folder.mkdir(parents=True)
-        write_adapters(partial_folder, adapters, lora, run.base.name, run.model.transformer.family)
-        partial_folder.rename(folder)
+        try:
+            with name_in_errors(folder):
+                partial_folder.mkdir(parents=True)
+                write_adapters(partial_folder, adapters, lora, run.base.name, run.model.transformer.family)
+                partial_folder.rename(folder)
+        finally:
+            shutil.rmtree(partial_folder, ignore_errors=True)
     processes.barrier()
     log.info("%s: the adapters so far, merged into the base before the stage", folder)
     # The base with all merged adapters takes the place of the old one, which is freed first.

@@ -349,6 +349,6 @@ def _check_prompts_fit(prompts: Mapping[str, str], tokenizer: TextTokenizer, pre
     for name, prompt in prompts.items():
         if tokenizer.max_text_tokens([prompt])[0] < 1:
             raise UserError(
-                f"{prefix}data.max_length is {tokenizer.spec.max_length}, but the {name} prompt {quote_value(prompt)} and the tokens "
-                "after a text take all of it. Raise it, or shorten the instruction."
+                f"{prefix}data.max_length is {tokenizer.spec.max_length}, but the {name} prompt {quote_value(prompt)} and the "
+                "tokens after a text take all of it. Raise it, or shorten the instruction."
             )

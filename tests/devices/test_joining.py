@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 from helpers.commands import ENV
@@ -42,6 +43,19 @@ def test_a_port_in_use_is_reported_before_jax_crashes(monkeypatch: pytest.Monkey
 def test_an_address_without_host_or_port_is_refused(address: str) -> None:
     with pytest.raises(UserError, match=r"^JAX_COORDINATOR_ADDRESS: '.*' is not an address \(expected HOST:PORT\)"):
         processes._check_port_is_free(address)
+
+
+def test_an_incomplete_cluster_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX raises a KeyError, or ConfigException of the Kubernetes client, where a pod lacks what it expects."""
+
+    def fail(**options: Any) -> None:
+        raise KeyError("JOB_COMPLETION_INDEX")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(processes, "report_jax_aborts", lambda line: None)
+    monkeypatch.setattr(processes, "stop_reporting_aborts", lambda: None)
+    with pytest.raises(UserError, match=r"could not join \(.*JOB_COMPLETION_INDEX.*\)\. Set JAX_COORDINATOR_ADDRESS"):
+        processes._join(30)
 
 
 def test_an_abort_while_joining_is_one_line() -> None:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from helpers import tiny
 from helpers.commands import run_command
 from helpers.runs import make_config, write_base_and_data
-from jaxembed import Embedder
+from jaxembed import Embedder, export
 from jaxembed.errors import UserError
 from jaxembed.formats.peft_config import ADAPTER_FIELDS, read_lora_config
 from jaxembed.hub.export_adapters import export_adapters
@@ -81,6 +81,12 @@ def test_peft_loads_exported_adapters(folder: Path, tmp_path: Path) -> None:
     further = make_config(folder, "further", f"model.base={tmp_path / 'adapters'}", *ONE_STEP, "optim.learning_rate=1e-9")
     train(further)
     np.testing.assert_allclose(Embedder.load(folder / "further").encode(tiny.TEXTS), ours.encode(tiny.TEXTS), atol=1e-4)
+
+
+def test_export_of_adapters_refuses_options_that_it_would_ignore() -> None:
+    args = export.make_parser().parse_args(["run", "out", "--adapters", "--fsdp", "2"])
+    with pytest.raises(UserError, match=r"^--adapters: writes all adapters of a run unchanged\. Omit .* and --fsdp\.$"):
+        export.check_adapter_options(args)
 
 
 def test_export_of_adapters_needs_a_run_that_trained_adapters_only(folder: Path, tmp_path: Path) -> None:

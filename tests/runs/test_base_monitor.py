@@ -30,10 +30,17 @@ class Lines:
         self.logged.append((step, values))
 
 
-def open_monitor(run_dir: Path, rows: list[dict[str, Any]], **base: Any) -> tuple[BaseMonitor, Lines]:
+def open_monitor(
+    run_dir: Path, rows: list[dict[str, Any]], adapters: tuple[str, ...] = (), **base: Any
+) -> tuple[BaseMonitor, Lines]:
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps({"step": 0, **row}) + "\n" for row in rows))
     found = {"name": "base", "has_weights": True, "spec": EmbeddingSpec(pooling="mean"), **base}
-    run: Any = SimpleNamespace(run_dir=run_dir, spec=EmbeddingSpec(pooling="mean"), base=SimpleNamespace(**found))
+    run: Any = SimpleNamespace(
+        run_dir=run_dir,
+        spec=EmbeddingSpec(pooling="mean"),
+        base=SimpleNamespace(**found),
+        model=SimpleNamespace(adapters=adapters),
+    )
     lines: Any = Lines()
     return BaseMonitor(run, lines), lines
 
@@ -58,9 +65,20 @@ def test_a_drop_beyond_the_noise_is_reported_once_per_set(tmp_path: Path) -> Non
 
 
 def test_merging_is_suggested_only_if_it_is_possible(tmp_path: Path) -> None:
-    monitor, lines = open_monitor(tmp_path, BASE_ROWS, spec=EmbeddingSpec(pooling="last"))
-    monitor.check(10, {"a/accuracy": 0.0})
-    assert "jaxembed.merge" not in lines.said[0] and "Lower optim.learning_rate" in lines.said[0]
+    mean = EmbeddingSpec(pooling="mean")
+    impossible: list[dict[str, Any]] = [
+        {"spec": EmbeddingSpec(pooling="last")},
+        {"spec": mean.replace(append_eos=not mean.append_eos)},
+        {"adapters": ("a", "b")},
+    ]
+    for case in impossible:
+        monitor, lines = open_monitor(tmp_path, BASE_ROWS, **case)
+        monitor.check(10, {"a/accuracy": 0.0})
+        assert "jaxembed.merge" not in lines.said[0] and "Lower optim.learning_rate" in lines.said[0]
+    monitor, lines = open_monitor(tmp_path, BASE_ROWS, name="my base")
+    monitor.check(10, {"b/spearman": 0.0, "a/accuracy": 0.0})
+    assert "jaxembed.merge" in lines.said[0] and lines.said[0].endswith("'my base'")
+    assert ["a/accuracy" in line for line in lines.said] == [True, False], "sorted"
     monitor, lines = open_monitor(tmp_path, BASE_ROWS, has_weights=False)
     monitor.check(10, {"a/accuracy": 0.0})
     assert not lines.said, "a random model is no base to keep"

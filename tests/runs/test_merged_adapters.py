@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import transformers
 from helpers import tiny
 from helpers.runs import make_staged_config, read_losses, write_base_and_data
 from jaxembed import Embedder
-from jaxembed.config import Config
+from jaxembed.config import Config, LoraConfig
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.devices.mesh import make_mesh
 from jaxembed.errors import UserError
@@ -26,6 +28,7 @@ from jaxembed.hub.export_adapters import export_adapters
 from jaxembed.hub.resolve import find_run
 from jaxembed.hub.restore import RestoredRun
 from jaxembed.model.transformer import ComputeOptions
+from jaxembed.runs.merged_adapters import merge_trained_adapters
 from jaxembed.runs.train import train
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -151,3 +154,18 @@ def test_the_hash_of_the_model_covers_merged_adapters(folder: Path, run: Path) -
 def test_what_cannot_be_merged_is_refused(folder: Path, keys: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_run_config(folder, "refused", **keys)
+
+
+def test_a_failed_write_leaves_no_partial_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path, *args: Any) -> None:
+        (folder / "adapter_config.json").write_text("{}")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("jaxembed.runs.merged_adapters.write_adapters", fail)
+    model = SimpleNamespace(lora=LoraConfig(), transformer=SimpleNamespace(family="qwen3"))
+    run: Any = SimpleNamespace(run_dir=tmp_path, base=SimpleNamespace(name="base"), model=model)
+    stage: Any = SimpleNamespace(index=1, config=SimpleNamespace(train=SimpleNamespace(merge_adapters=True)))
+    with pytest.raises(OSError, match="No space") as error:
+        merge_trained_adapters(run, stage, SimpleNamespace(params={"decoder": {}}))  # type: ignore[arg-type]
+    assert error.value.filename == str(tmp_path / "merged" / "stage-1")
+    assert not list((tmp_path / "merged").iterdir())

@@ -7,6 +7,7 @@ import importlib
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from jaxembed.config import Config, load_config
 from jaxembed.devices import processes
 from jaxembed.errors import Stopped, UserError
 from jaxembed.hub.resolve import find_base
-from jaxembed.runs.open import _resolve_spec, _warn_of_long_warmup, open_run
+from jaxembed.runs.open import _check_prompts_fit, _resolve_spec, _warn_of_long_warmup, open_run
 from jaxembed.training.run_lock import RunLock
 
 
@@ -46,6 +47,12 @@ def test_a_warm_up_beyond_the_schedule_is_reported(tmp_path: Path, caplog: pytes
     assert not caplog.text, "the stages share a schedule of 12 steps"
     _warn_of_long_warmup(load(tmp_path, stages, "optim.warmup_steps=13"), 1)
     assert "stages.1.optim.warmup_steps is 13" in caplog.text
+
+
+def test_a_prompt_that_does_not_fit_names_its_stage() -> None:
+    tokenizer: Any = SimpleNamespace(max_text_tokens=lambda prompts: [0], spec=SimpleNamespace(max_length=8))
+    with pytest.raises(UserError, match=r"^stages\.1\.data\.max_length is 8, but the query prompt 'Find' and the tokens"):
+        _check_prompts_fit({"query": "Find"}, tokenizer, "stages.1.")
 
 
 def test_spec_has_the_matryoshka_widths_of_the_last_stage_and_leaves_instructions_out_of_echoes(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from helpers.runs import make_config, make_staged_config, use_one_device, write_
 from jaxembed import Embedder, encode, export
 from jaxembed.errors import UserError
 from jaxembed.evaluation.heldout import open_held_out_sets
+from jaxembed.hub.resolve import find_base
+from jaxembed.runs.ranges import open_ranges
 from jaxembed.runs.train import train
 from jaxembed.search.precision import RANGES_FILE, merge_ranges, quantize_vectors, simulate_quantization
 from jaxembed.training.metrics import read_metrics
@@ -75,6 +77,9 @@ def test_int8_without_ranges_is_refused_before_data_is_read(root: Path) -> None:
         UserError, match=r"not the ranges of these vectors \(found float32 \[2, 3\]; expected finite floats \[2, 32\]"
     ):
         train(make_config(root, "run", "mesh.data=1", "quantization.precisions=[int8]"))
+    stages = [{"train": {"steps": 1}, "quantization": {"precisions": ["int8"], "ranges": name}} for name in ("a", "b")]
+    with pytest.raises(UserError, match=r"^quantization\.ranges: differs between stages \(found a and b\)"):
+        open_ranges(make_staged_config(root, "run", stages), find_base(str(root / "base")), 32)
     with pytest.raises(
         UserError, match=r"quantization: 1 weights for 2 precisions \(expected one weight per precision, or none\)"
     ):
