@@ -59,15 +59,21 @@ def _plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     """
     if not args.topology or args.code:
         return _plan_stages(config, args, range(len(config.stages)))
-    plans = [run_in_child(partial(_plan_without_code, config, args, index)) for index in range(len(config.stages))]
+    plans = [_plan_without_code(config, args, index) for index in range(len(config.stages))]
     return plans[0] | {"stages": [stage for plan in plans for stage in plan["stages"]]}
 
 
 def _plan_without_code(config: Config, args: argparse.Namespace, index: int) -> dict[str, Any]:
-    """Plan a stage. Its machine code is not generated."""
+    """Plan a stage in a child process. Its machine code is not generated."""
+    # The folder belongs to this process: the child may be killed.
     with tempfile.TemporaryDirectory(prefix="jaxembed-plan-") as folder:
-        write_assignments(Path(folder))
-        return _plan_stages(config, args, [index], Path(folder))
+        return run_in_child(partial(_plan_with_assignments, config, args, index, Path(folder)))
+
+
+def _plan_with_assignments(config: Config, args: argparse.Namespace, index: int, folder: Path) -> dict[str, Any]:
+    """Plan a stage by the buffer assignments that XLA writes to a folder."""
+    write_assignments(folder)
+    return _plan_stages(config, args, [index], folder)
 
 
 def _plan_stages(

@@ -144,6 +144,8 @@ def _send_result(function: Callable[[], Any], sender: Connection) -> NoReturn:
         message: tuple[bool, Any] = True, function()
     except Exception as error:
         message = False, error
+    except BaseException:  # a signal that interrupts the parent too, which prints a line
+        os._exit(1)
     sys.stdout.flush()
     sys.stderr.flush()
     sender.send(message)

@@ -160,9 +160,11 @@ def _parse_collective(line: str, count: int, scopes: tuple[str, ...]) -> Collect
     kind = instruction[3].removesuffix("-start") if instruction else ""
     if instruction is None or kind not in COLLECTIVE_KINDS:
         return None
-    sizes = [_count_array_bytes(*array) for array in ARRAY_TYPE.findall(instruction[2])]
-    if instruction[3].endswith("-start") and kind != "all-reduce":
-        sizes = sizes[1:2]  # (operand, result, ...)
+    arrays = ARRAY_TYPE.findall(instruction[2])
+    if instruction[3].endswith("-start") and kind != "all-reduce":  # operands, results, and scalars for synchronization
+        arrays = [array for array in arrays if array != ("u32", "")]
+        arrays = arrays[len(arrays) // 2 :]
+    sizes = [_count_array_bytes(*array) for array in arrays]
     op_name = OP_NAME.search(line)
     names = re.findall(r"\w+", op_name[1]) if op_name else []
     scope = next((scope for scope in scopes if scope in names), "other")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from jaxembed.planning.plan import _find_largest_batch, _make_out_of_memory_erro
 from jaxembed.planning.stand_in_negatives import add_stand_in_negatives
 from jaxembed.planning.topology import list_topology_devices
 from jaxembed.runs.open import open_run
+from jaxembed.train import _plan, make_parser
 
 HLO = """\
 HloModule jit_step
@@ -85,6 +87,8 @@ def test_collectives_in_loops_are_counted_as_often_as_they_run() -> None:
             "all-gather between slices": {"count": 1, "result_bytes": 384, "sent_bytes": 256},
         },
     }
+    several = "  %s = ((f32[4], f32[2]), (f32[16], f32[8]), u32[], u32[]) all-gather-start(%x, %y), replica_groups={{0,1,2,3}}"
+    assert find_collectives(f"ENTRY %main (a: f32[4]) -> f32[4] {{\n{several}\n}}", ()).collectives[0].result_bytes == 96
     assert found.unknown_loops == 0
     assert find_collectives(HLO.replace("constant(24)", "parameter(0)"), ()).unknown_loops == 1
 
@@ -170,6 +174,25 @@ def test_a_child_process_returns_its_result_or_error() -> None:
         run_in_child(lambda: list_topology_devices("v9"))
     with pytest.raises(UserError, match=r"^--topology: the process that compiles ended with code -9\. Check"):
         run_in_child(lambda: os.kill(os.getpid(), 9))
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(UserError, match=r"ended with code 1\. Check"):
+        run_in_child(interrupt)
+
+
+def test_an_interrupted_plan_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(function: Any) -> None:
+        assert list(tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr("jaxembed.train.run_in_child", interrupt)
+    config: Any = SimpleNamespace(stages=[None])
+    with pytest.raises(KeyboardInterrupt):
+        _plan(config, make_parser().parse_args(["c.yaml", "--topology", "v5e:2x2"]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_topology_needs_the_tpu_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
