@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
 from typing import Any
 
 from jaxembed.errors import UserError, summarize
+
+log = logging.getLogger("jaxembed")
 
 LOCAL_ADDRESS = "local"
 MAX_RETRIES = 2  # of a call whose worker ended
@@ -41,7 +44,13 @@ class RayCluster:
                 f"--ray {address}: cannot be reached ({summarize(error)}). Start a cluster with ray start --head, or leave the "
                 "address out."
             ) from None
-        self.num_workers = num_workers or max(int(self.ray.cluster_resources().get("CPU", 1)), 1)
+        processors = max(int(self.ray.cluster_resources().get("CPU", 1)), 1)
+        self.num_workers = num_workers or processors
+        if self.num_workers > processors:
+            log.warning(
+                "--workers is %d, but the cluster has %d processors, one for each worker: the other workers wait until "
+                "machines join the cluster", self.num_workers, processors,
+            )  # fmt: skip
 
     def __enter__(self) -> RayCluster:
         return self

@@ -163,3 +163,12 @@ def test_a_worker_that_fails_is_one_line() -> None:
     cluster.ray = SimpleNamespace(get=get, exceptions=SimpleNamespace(RayActorError=KeyError, RayError=RayError))
     with pytest.raises(UserError, match=r"^--ray: rows 3 to 9: a worker failed \(no room\)\. Run the same"):
         cluster.wait(None, "rows 3 to 9")
+
+
+def test_more_workers_than_processors_are_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    ray = SimpleNamespace(init=lambda **options: None, cluster_resources=lambda: {"CPU": 4.0})
+    monkeypatch.setattr("jaxembed.devices.ray_cluster._import_ray", lambda: ray)
+    assert RayCluster("auto", None).num_workers == RayCluster("auto", 4).num_workers == 4
+    assert not caplog.messages
+    assert RayCluster("auto", 5).num_workers == 5
+    assert "--workers is 5, but the cluster has 4 processors" in caplog.text
