@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxembed.config import InfoNCEConfig
+from jaxembed.config import GradedObjectiveConfig, InfoNCEConfig
 from jaxembed.data.batch_sampler import assign_roles
 from jaxembed.data.equality import normalize_text
 from jaxembed.data.schema import Example
@@ -57,7 +57,8 @@ def show_data(stage: Stage) -> list[dict[str, Any]]:
         if missing := _describe_missing_inputs(stage, source, examples):
             problems.append(f"{source.name} has {missing}")
             log.warning("  %s: its queries have no loss", problems[-1])
-        if source.in_batch and not have_negatives(examples):
+        contrasts = any(isinstance(objective, InfoNCEConfig) for objective in stage.list_objectives(source))
+        if contrasts and source.in_batch and not have_negatives(examples):
             log.warning(
                 "  %s: its first %d examples have one query or one positive between them. Equal texts are never negatives, so "
                 "they train at loss 0.", source.name, len(examples),
@@ -66,7 +67,8 @@ def show_data(stage: Stage) -> list[dict[str, Any]]:
             _show_examples(stage, source, examples)
     if (hidden := len(stage.sources) - MAX_SHOWN_SOURCES) > 0:
         log.info("examples of %d more sources are not shown; see `python -m jaxembed.data preview`", hidden)
-    if stage.config.train.batch_size == 1 and not stage.config.data.hard_negatives:
+    contrasts = any(isinstance(objective, InfoNCEConfig) for objective in stage.config.objectives)
+    if contrasts and stage.config.train.batch_size == 1 and not stage.config.data.hard_negatives:
         log.warning("train.batch_size is 1 and data.hard_negatives is 0: a query has no negatives, so its loss is 0")
     if problems and len(problems) == len(stage.sources):
         raise UserError(f"nothing to train on: {'; '.join(problems)}. Name other data, or other objectives.")
@@ -158,6 +160,10 @@ def have_negatives(examples: Sequence[Example]) -> bool:
 
 def _describe_missing_inputs(stage: Stage, source: Source, examples: Sequence[Example]) -> str:
     """Return what the examples of a source lack if none of its queries has a loss, otherwise an empty string."""
+    if not (objectives := stage.list_objectives(source)):
+        return "no objective: all of them name other sources"
+    if all(isinstance(objective, GradedObjectiveConfig) for objective in objectives) and not source.config.graded:
+        return "no graded pairs, which all its objectives need"
     if stage.needs_hard_negatives(source) and not any(example.negatives for example in examples):
         return "no hard negatives, and its objectives use nothing else"
     if stage.needs_teacher_scores(source) and not any(example.teacher_scores for example in examples):

@@ -120,16 +120,16 @@ class Stage:
         """Return whether a query of this source has a loss only if its row has hard negatives."""
         hard_only = all(
             isinstance(objective, InfoNCEConfig) and (objective.negatives == "hard" or not source.in_batch)
-            for objective in self._list_objectives(source)
+            for objective in self.list_objectives(source)
         )
         return hard_only and not self.mines(source)
 
     def needs_teacher_scores(self, source: Source) -> bool:
         """Return whether a query of this source has a loss only if its row has a teacher's scores."""
-        objectives = self._list_objectives(source)
+        objectives = self.list_objectives(source)
         return all(isinstance(o, DistillationConfig | MarginMSEConfig) and o.teacher is None for o in objectives)
 
-    def _list_objectives(self, source: Source) -> list[ObjectiveConfig]:
+    def list_objectives(self, source: Source) -> list[ObjectiveConfig]:
         """Return the objectives that compare vectors of a source."""
         objectives = [o for o in self.config.objectives if not isinstance(o, TokenObjectiveConfig)]
         return [o for o in objectives if not o.sources or source.name in o.sources]

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxembed.config import CosineRegressionConfig, InfoNCEConfig
 from jaxembed.data.schema import Example
+from jaxembed.errors import UserError
 from jaxembed.runs import report
 
 
@@ -34,7 +36,7 @@ class FakeSource:
     """Two examples with in-batch negatives, and a count of dropped rows."""
 
     name, format, in_batch, row_count = "s", "pairs", True, 5
-    config = SimpleNamespace(few_shot=None, path="s.jsonl")
+    config = SimpleNamespace(few_shot=None, path="s.jsonl", graded=None)
     sampler = SimpleNamespace(drop_counts={"odd": 3})
 
     def __len__(self) -> int:
@@ -55,17 +57,24 @@ class FakeSampler:
         return texts, [""] * len(texts)
 
 
-def make_stage(sources: int, examples: list[Example], batch_size: int = 2) -> Any:
+def make_stage(
+    sources: int, examples: list[Example], batch_size: int = 2, objectives: tuple[Any, ...] = (InfoNCEConfig(),)
+) -> Any:
     tokenizer = SimpleNamespace(
         spec=SimpleNamespace(max_length=8),
         count_untruncated_tokens=lambda texts, prompts: np.ones(len(texts)),
         decode_inputs=lambda texts, prompts: [("", text, 1) for text in texts],
     )
-    settings = SimpleNamespace(train=SimpleNamespace(steps=1, batch_size=batch_size), data=SimpleNamespace(hard_negatives=0))
+    settings = SimpleNamespace(
+        train=SimpleNamespace(steps=1, batch_size=batch_size),
+        data=SimpleNamespace(hard_negatives=0),
+        objectives=objectives,
+    )
     return SimpleNamespace(
         sources=[FakeSource()] * sources, config=settings, tokenizer=tokenizer,
         plan=SimpleNamespace(count_epochs=lambda steps: [1.0] * sources),
         batch_builder=SimpleNamespace(sampler=FakeSampler(examples), token_builders={}),
+        list_objectives=lambda source: [o for o in objectives if not o.sources or source.name in o.sources],
         needs_hard_negatives=lambda source: False, needs_teacher_scores=lambda source: False,
     )  # fmt: skip
 
@@ -83,3 +92,23 @@ def test_data_without_a_training_signal_gives_a_warning(caplog: pytest.LogCaptur
     report.show_data(make_stage(1, [make_example("q", "p"), make_example("q", "p")], batch_size=1))
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 2 and "they train at loss 0" in warnings[0] and "its loss is 0" in warnings[1]
+
+
+def test_warnings_about_negatives_are_for_infonce(caplog: pytest.LogCaptureFixture) -> None:
+    stage = make_stage(1, [make_example("q", "p"), make_example("q", "p")], 1, (CosineRegressionConfig(),))
+    stage.sources[0].config = SimpleNamespace(**vars(FakeSource.config) | {"graded": True})
+    report.show_data(stage)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "problem"),
+    [
+        (InfoNCEConfig(sources=("other",)), "no objective: all of them name other sources"),
+        (CosineRegressionConfig(), "no graded pairs, which all its objectives need"),
+    ],
+)
+def test_data_that_no_objective_trains_on_is_refused_with_the_reason(objective: Any, problem: str) -> None:
+    examples = [make_example("q", "p", 1), make_example("r", "s", 1)]
+    with pytest.raises(UserError, match=f"^nothing to train on: s has {problem}"):
+        report.show_data(make_stage(1, examples, objectives=(objective,)))
