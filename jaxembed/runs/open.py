@@ -46,6 +46,7 @@ from jaxembed.training.loggers import check_loggers_installed
 from jaxembed.training.run_dir import check_run_dir, create_run_dir
 from jaxembed.training.run_lock import RunLock
 from jaxembed.training.stage import Stage
+from jaxembed.training.state import check_optimizers_fit
 
 log = logging.getLogger("jaxembed")
 
@@ -150,6 +151,7 @@ def open_run(config: Config, mesh: Mesh, lock: RunLock | None = None) -> OpenedR
     run_dir = None if lock is None else processes.run_on_first_process_first(partial(create_run_dir, config, lock))
     tokenizer = processes.run_on_first_process_first(partial(_open_tokenizer, run_dir, base, spec, plans))
     stages = _open_stages(config, plans, model, tokenizer, base, shards, encoders)
+    check_optimizers_fit(stages, model)
     return OpenedRun(
         config=config,
         base=base,

@@ -15,7 +15,7 @@ from jaxembed.data.pipeline import iter_batches
 from jaxembed.devices import processes
 from jaxembed.devices.cpu import retain_freed_memory
 from jaxembed.devices.mesh import make_mesh
-from jaxembed.errors import UserError
+from jaxembed.errors import UserError, summarize
 from jaxembed.files import write_json
 from jaxembed.formats.run_files import DATA_REPORT_FILE
 from jaxembed.hub.embedder import Embedder
@@ -121,14 +121,18 @@ def _train(config: Config, lock: RunLock, command: str) -> dict[str, Any]:
                 recorder.say(describe_stage(stage, len(run.stages)))
                 batches = iter_batches(stage.plan, stage.batch_builder, steps_done, stage.config.train.steps)
                 state = loop.fit(state, batches, stop_request)
-    except OSError as error:  # a full disk, or a folder that is no longer writable
-        raise UserError(
-            f"{run.run_dir}: cannot be written ({error.strerror}). Fix the cause and run the same command."
-        ) from error
+    except OSError as error:  # a full disk, a folder that is no longer writable, or data that cannot be read
+        raise _make_file_error(error, run.run_dir) from error
     processes.barrier()  # all processes read the metrics that the first one wrote
     summary = summarize_run(run, time.perf_counter() - start_time)
     show_scores(summary)
     return summary
+
+
+def _make_file_error(error: OSError, run_dir: Path) -> UserError:
+    """Return the error of a file that training could not read or write."""
+    problem = f"{run_dir}: cannot be written" if error.filename is None else f"{error.filename}: cannot be accessed"
+    return UserError(f"{problem} ({error.strerror or summarize(error)}). Fix the cause and run the same command.")
 
 
 def _open_recorder(run: OpenedRun, start_step: int) -> Recorder:

@@ -8,7 +8,7 @@ import platform
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -142,31 +142,40 @@ def check_same_config(config: Config) -> None:
         raise UserError(f"config: differs from that of process 0 ({changes}). Give all processes the same config.")
 
 
-def record_or_check(
-    run_dir: Path, name: str, value: Mapping[str, Any], problem: str, compared_keys: Collection[str] | None = None
-) -> None:
-    """Write `name`.json to the run directory, or compare it with the file that is there.
+class Record(NamedTuple):
+    """What identifies a part of a run.
 
-    Args:
-        run_dir: The run directory.
-        name: Name of the file without its suffix.
-        value: What identifies a part of the run.
+    Attributes:
+        name: Name of its file in the run directory, without the suffix.
+        value: The content.
         problem: Phrase of the error if the value differs, such as "its base changed".
         compared_keys: Keys of the value that are compared. Default: all.
-
-    Raises:
-        UserError: The value differs from the recorded one.
     """
-    path = run_dir / f"{name}.json"
+
+    name: str
+    value: Mapping[str, Any]
+    problem: str
+    compared_keys: Collection[str] | None = None
+
+
+def check_record(run_dir: Path, record: Record) -> None:
+    """Compare a record with its file in the run directory, if there is one. Raise `UserError` if they differ."""
+    path, keys = run_dir / f"{record.name}.json", record.compared_keys
     if not path.is_file():
-        write_json(path, value)
         return
     recorded, current = (
-        {key: entry for key, entry in tree.items() if compared_keys is None or key in compared_keys}
-        for tree in (read_run_file(read_json, path), value)
+        {key: entry for key, entry in tree.items() if keys is None or key in keys}
+        for tree in (read_run_file(read_json, path), record.value)
     )
     if changes := _summarize_differences(recorded, current):
-        raise UserError(f"{run_dir}: {problem} ({changes}). Restore it, or name another run.dir.")
+        raise UserError(f"{run_dir}: {record.problem} ({changes}). Restore it, or name another run.dir.")
+
+
+def write_record(run_dir: Path, record: Record) -> None:
+    """Write a record to the run directory, unless its file is there."""
+    path = run_dir / f"{record.name}.json"
+    if not path.is_file():
+        write_json(path, record.value)
 
 
 def record_versions(run_dir: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -25,9 +25,6 @@ def begin_stage(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Me
     """Return the state a stage starts from: the previous stage's, with a fresh optimizer if the stage restarts.
 
     An objective with parameters keeps those of the objective with the same label in the previous stage.
-
-    Raises:
-        UserError: The stage continues the optimizer, but its objectives train other parameters.
     """
     # Parameters of objectives: from the previous stage if the label is the same, otherwise fresh.
     key = jax.random.fold_in(state.key, stage.index)
@@ -37,16 +34,24 @@ def begin_stage(stage: Stage, state: TrainState, model: EmbeddingModel, mesh: Me
     params = {name: part for name, part in state.params.items() if name != OBJECTIVE_PARAMS}
     if objective_params:
         params |= {OBJECTIVE_PARAMS: objective_params}
-    # Optimizer: fresh, or the previous stage's if it fits.
+    # Optimizer: fresh, or the previous stage's, which fits (`check_optimizers_fit`).
     opt_state = state.opt_state
     if stage.index == 0 or stage.config.optim.restart:
         opt_state = _init_optimizer(stage.make_optimizer(model), params, len(model.adapters), mesh)
-    elif objective_params.keys() != previous.keys():
-        raise UserError(
-            f"stages.{stage.index}: optim.restart is false, but the objectives train other parameters than those of the "
-            "previous stage. Set optim.restart=true."
-        )
     return dataclasses.replace(state, params=params, opt_state=opt_state)
+
+
+def check_optimizers_fit(stages: Sequence[Stage], model: EmbeddingModel) -> None:
+    """Raise `UserError` if a stage continues the optimizer, but its objectives train other parameters."""
+    previous_labels: Set[str] = set()
+    for stage in stages:
+        params = jax.eval_shape(partial(stage.init_objective_params, model), jax.random.key(0))
+        if stage.index > 0 and not stage.config.optim.restart and params.keys() != previous_labels:
+            raise UserError(
+                f"stages.{stage.index}: optim.restart is false, but the objectives train other parameters than those of the "
+                "previous stage. Set optim.restart=true."
+            )
+        previous_labels = params.keys()
 
 
 def compute_state_shapes(

@@ -19,6 +19,8 @@ from jaxembed.devices import processes
 from jaxembed.errors import Stopped, UserError
 from jaxembed.hub.resolve import find_base
 from jaxembed.runs.open import _check_prompts_fit, _resolve_spec, _warn_of_long_warmup, open_run
+from jaxembed.runs.record import record_run
+from jaxembed.runs.train import _make_file_error
 from jaxembed.training.run_lock import RunLock
 
 
@@ -83,3 +85,28 @@ def test_a_signal_before_the_first_step_ends_with_a_line(tmp_path: Path, monkeyp
         train_command.main(arguments)
     assert stop.value.signal == signal.SIGTERM
     assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix == ".partial" or path.name == "lock"]
+
+
+def test_a_refused_resume_leaves_the_files_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "data_hashes.json").write_text('{"a.jsonl": "old"}')
+    source = SimpleNamespace(config=SimpleNamespace(path="a.jsonl", split=""), digest="new")
+    base = SimpleNamespace(name="base", hash=lambda: "", hf_config={})
+    run: Any = SimpleNamespace(
+        run_dir=tmp_path, sources=[source], held_out=(), encoders={}, base=base,
+        model=SimpleNamespace(lora=None, has_head=False), spec=None, ranges=None, stages=[],
+    )  # fmt: skip
+    with pytest.raises(UserError, match="its training data changed"):
+        record_run(run)
+    assert [path.name for path in tmp_path.iterdir()] == ["data_hashes.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "run: cannot be written (No space left on device). Fix"),
+        (OSError(5, "Input/output error", "a.jsonl"), "a.jsonl: cannot be accessed (Input/output error). Fix"),
+        (OSError("no\nreason"), "run: cannot be written (no reason). Fix"),
+    ],
+)
+def test_an_error_of_a_file_names_it(error: OSError, message: str) -> None:
+    assert str(_make_file_error(error, Path("run"))).startswith(message)

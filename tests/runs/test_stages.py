@@ -194,6 +194,7 @@ def test_a_stage_may_continue_the_optimizer(folder: Path) -> None:
     second = STAGES[0] | {"optim": {"restart": False}}
     with pytest.raises(UserError, match=r"stages\.1: optim\.restart is false, but the objectives train other parameters"):
         train(make_staged_config(folder, "other", [{"train": {"steps": 1}}, second]))
+    assert not (folder / "other" / "metrics.jsonl").exists(), "refused before the first stage is trained"
 
 
 @pytest.mark.parametrize(

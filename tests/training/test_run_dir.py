@@ -10,7 +10,14 @@ import yaml
 from jaxembed.config import Config, load_config
 from jaxembed.devices import processes
 from jaxembed.errors import UserError
-from jaxembed.training.run_dir import check_run_dir, check_same_config, create_run_dir, record_or_check
+from jaxembed.training.run_dir import (
+    Record,
+    check_record,
+    check_run_dir,
+    check_same_config,
+    create_run_dir,
+    write_record,
+)
 from jaxembed.training.run_lock import RunLock
 
 # config.yaml of a run that an earlier version wrote: it lacks keys that came later, and has one that was removed since.
@@ -189,10 +196,10 @@ def test_held_out_sets_may_be_added_to_a_run_without_any(tmp_path: Path) -> None
 
 def test_only_the_named_keys_of_a_record_are_compared(tmp_path: Path) -> None:
     """A moved base and a key that the record does not have are not changes."""
-    record_or_check(tmp_path, "base", {"name": "a", "hash": "1"}, "its base changed")
-    record_or_check(tmp_path, "base", {"name": "b", "hash": "1", "new": 0}, "its base changed", compared_keys={"hash"})
+    write_record(tmp_path, Record("base", {"name": "a", "hash": "1"}, "its base changed"))
+    check_record(tmp_path, Record("base", {"name": "b", "hash": "1", "new": 0}, "its base changed", {"hash"}))
     with pytest.raises(UserError, match=r"its base changed \(hash: '1' -> '2'\)"):
-        record_or_check(tmp_path, "base", {"name": "a", "hash": "2"}, "its base changed", compared_keys={"hash"})
+        check_record(tmp_path, Record("base", {"name": "a", "hash": "2"}, "its base changed", {"hash"}))
 
 
 def test_documents_of_an_earlier_run_keep_its_equality(old_run: Path) -> None:
