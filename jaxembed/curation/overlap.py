@@ -12,6 +12,7 @@ The rules:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from itertools import islice
 import numpy as np
 
 from jaxembed.curation.ngrams import UNSPACED_CHARS, hash_runs
-from jaxembed.data.equality import hash_text, normalize_text
+from jaxembed.data.equality import hash_exact_text, hash_text, normalize_text
 
 DEFAULT_NGRAM_WORDS = 13
 TEXTS_PER_HASHING = 4096  # evaluation texts that are hashed together
@@ -104,9 +105,11 @@ def split_words(text: str) -> list[str]:
 
 
 def hash_ngrams(words: Sequence[str], size: int) -> np.ndarray:
-    """Return the 64-bit hash of every run of `size` words, uint64 [max(len(words) - size + 1, 0)].
+    """Return the 64-bit hash of every run of `size` words, uint64 [max(len(words) - size + 1, 0)]."""
+    return hash_runs(np.fromiter(map(hash_word, words), np.uint64, len(words)), size)
 
-    Words are hashed by Python's `hash`, which is the same within one process only.
-    """
-    word_hashes = np.fromiter((hash(word) for word in words), np.int64, len(words)).view(np.uint64)
-    return hash_runs(word_hashes, size)
+
+@functools.lru_cache(2**18)
+def hash_word(word: str) -> int:
+    """Return the 64-bit hash of a word. It is the same in all processes, unlike Python's `hash`."""
+    return int(hash_exact_text(word).view("<u8")[0])

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from jaxembed.curation.overlap import Overlap, OverlapIndex, split_words
+from jaxembed.curation.overlap import Overlap, OverlapIndex, hash_word, split_words
 
 SENTENCE = "The bank may ask for a passport, a driving license or another proof of identity before it opens an account."
 
@@ -71,3 +71,7 @@ def test_matches_equal_those_of_a_comparison_of_all_runs() -> None:
 
 def test_an_empty_index_finds_nothing() -> None:
     assert OverlapIndex().find(SENTENCE) == []
+
+
+def test_the_hash_of_a_word_is_the_same_in_all_processes() -> None:
+    assert hash_word("bank") == 11629350947798869288
