@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from jaxembed.config.data import NonEmpty
 from jaxembed.config.sections import Patterns, Positive, Section
@@ -120,6 +120,9 @@ class AnswerConfig(Section):
     def _check_fields(self) -> AnswerConfig:
         if (self.type == "object") != bool(self.fields):
             raise ValueError("fields belong to type object. Set both, or none.")
+        for name in self.fields:
+            if name.startswith("_") or (name.startswith("model_") and hasattr(BaseModel, name)):
+                raise ValueError(f"fields.{name}: this name is reserved. Choose another one.")
         if self.items.type != "string":
             raise ValueError(f"items.type is {self.items.type!r} (expected string)")
         return self
@@ -272,7 +275,9 @@ class RankStepConfig(SynthesisStepConfig):
         60, description="Constant k of reciprocal rank fusion, which sums 1 / (k + rank) (Cormack et al. 2009)."
     )
     hard_negative: Literal["last", "random"] = Field(
-        "last", description="Rank of the hard negative: the last one, or a random one below the best (Gecko, section 3.2)."
+        "last",
+        description="Rank of the hard negative: the last one, or a random one below the best (Gecko, section 3.2). Candidates "
+        "without a valid score have no rank.",
     )
     sampling: SamplingConfig = SamplingConfig(temperature=0, max_tokens=16)
 

@@ -20,6 +20,7 @@ from jaxembed.verification.http_client import (
     parse_root,
 )
 
+MIN_SECRET_CHARS = 8  # shorter API keys, such as none or EMPTY, are placeholders
 MAX_ATTEMPTS = 8  # for a request with transient failures
 FIRST_WAIT_S = 0.5  # the wait doubles up to `MAX_WAIT_S`, unless the server says how long
 RETRIED_STATUSES = (408, 409, 425, 429)  # and all from 500 on
@@ -71,8 +72,18 @@ class ServerOptions:
     concurrency: int = 16
 
     def redact(self, text: str) -> str:
-        """Remove the API key from a text that a server sent."""
-        return text.replace(self.api_key, "***") if self.api_key else text
+        """Remove the API key from a text that a server sent. A placeholder for a key stays, because it may be a word."""
+        return text.replace(self.api_key, "***") if len(self.api_key) >= MIN_SECRET_CHARS else text
+
+
+def describe_error(error: Any) -> str:
+    """Return the code, the parameter and the message of an error of the openai library, in lower case."""
+    return f"{error.code} {error.param} {error.message}".lower()
+
+
+def exceeds_context(error: Any) -> bool:
+    """Return whether an error of the openai library says that a request does not fit into the context."""
+    return any(word in describe_error(error) for word in CONTEXT_WORDS)
 
 
 class Endpoint:
@@ -186,16 +197,17 @@ class Endpoints:
 
         if not isinstance(error, openai.APIStatusError):
             raise error
-        quote, lowered = self._quote(error), f"{error.code} {error.param} {error.message}".lower()
+        quote = self._quote(error)
         if error.status_code in (401, 403):
             state = "does not accept the key in" if self._options.api_key else "needs a key, which is read from"
             raise UserError(
                 f"{endpoint.url}: the server {state} the environment variable {self._options.key_variable} "
                 f"(status {error.status_code}: {quote}). Set it to a key of this server."
             ) from None
-        if any(word in lowered for word in CONTEXT_WORDS):
+        if exceeds_context(error):
             raise TooLongError(quote) from None
         if error.status_code in (400, 422):
+            lowered = describe_error(error)
             for option, words in OPTION_WORDS.items():
                 if error.param == option or any(word in lowered for word in words):
                     raise OptionRefusedError(option, quote) from None

@@ -54,11 +54,11 @@ class RankStep(Step):
             self.counts.answers += len(result.answers)
             self.counts.invalid.update(result.invalid)
             self._context.update_progress()
-            usable_scores = [scores for scores in result.scores if max(scores) > -math.inf]
-            if not usable_scores:
+            order = rank_scored(result.scores, self._config.fusion_k)
+            if len(order) < 2:
                 self.counts.dropped[NO_VALID_ANSWER] += 1
                 continue
-            yield self.count_output(self._choose_documents(result, fuse_scores(usable_scores, self._config.fusion_k)))
+            yield self.count_output(self._choose_documents(result, order))
 
     def _iter_with_candidates(self, drafts: Iterable[Draft]) -> Iterator[Draft]:
         for draft in self.iter_inputs(drafts):
@@ -124,7 +124,7 @@ class RankStep(Step):
         return result._replace(request_keys=tuple(request_keys)), sum(answer.total_tokens for answer in result.answers)
 
     def _choose_documents(self, result: CandidateScores, order: Sequence[int]) -> Draft:
-        """Return the draft with its positive and negative. `order` has the positions of its candidates, best first."""
+        """Return the draft with its positive and negative. `order` has the positions of its scored candidates, best first."""
         draft, candidates = result.draft, self._get_candidates(result.draft)
         last = len(order) - 1
         rng = make_rng(self._context.seed, (*draft.path, self.name))
@@ -153,6 +153,14 @@ def read_grade(answer: Answer, grades: Sequence[str]) -> float | None:
     text = answer.text.strip()
     matches = [grade for grade in grades if text.startswith(grade)]
     return float(grades.index(max(matches, key=len))) if matches else None
+
+
+def rank_scored(scores: Sequence[Sequence[float]], fusion_k: int) -> list[int]:
+    """Return the positions of the candidates that have a score in a ranking, best first. See `fuse_scores`."""
+    is_scored = np.array(scores) > -math.inf
+    positions = np.flatnonzero(is_scored.any(axis=0))
+    rankings = [[ranking[i] for i in positions] for ranking, known in zip(scores, is_scored, strict=True) if known.any()]
+    return [int(positions[i]) for i in fuse_scores(rankings, fusion_k)] if rankings else []
 
 
 def fuse_scores(scores: Sequence[Sequence[float]], fusion_k: int) -> list[int]:

@@ -13,7 +13,7 @@ from jaxembed.errors import UserError, summarize
 from jaxembed.files import finite_or_none
 from jaxembed.synthesis.answers import drop_limits
 from jaxembed.synthesis.completions import Choice, read_chat, read_echo, read_json_answer
-from jaxembed.synthesis.endpoints import Endpoints, OptionRefusedError, ServerOptions
+from jaxembed.synthesis.endpoints import Endpoints, OptionRefusedError, ServerOptions, exceeds_context
 from jaxembed.synthesis.requests import Answer, Request, estimate_tokens
 
 log = logging.getLogger("jaxembed")
@@ -108,6 +108,8 @@ class LlmServers:
             options = {"prompt": text, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
             content = self._send(client.completions, options, request)
         except (openai.BadRequestError, openai.NotFoundError, openai.UnprocessableEntityError) as error:
+            if exceeds_context(error):
+                raise
             raise OptionRefusedError(PROMPT_LOGPROBS, summarize(self.options.redact(error.message))) from None
         choice, tokens = read_echo(content)
         if not tokens:

@@ -58,6 +58,8 @@ STEPS = "tasks.0.steps"
         (f"{STEPS}.1.answer.fields.query={{type: choice}}", "choices belong to type choice"),
         (f"{STEPS}.1.answer.reject=['(']", "not a regular expression"),
         (f"{STEPS}.1.answer.fields.query.langage=x", "Did you mean tasks.0.steps.1.answer.fields.query.language"),
+        (f"{STEPS}.1.answer.fields._query={{}}", "fields._query: this name is reserved. Choose another one"),
+        (f"{STEPS}.1.answer.fields.model_config={{}}", "fields.model_config: this name is reserved"),
         (f"{STEPS}.1.answer.fields.language={{langage: x}}", "Did you mean tasks.0.steps.1.answer.fields.language.language"),
         (
             f"{STEPS}.1.values.words={{choices: [a, b], weights: [1]}}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 import yaml
 
-from helpers.llm_server import Behavior, LlmServer, read_prompt
+from helpers.llm_server import MODEL, Behavior, LlmServer, read_prompt
+from jaxembed.config.synthesis_steps import SamplingConfig
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
 from jaxembed.search.bm25 import Bm25Index
-from jaxembed.synthesis.ranking import fuse_scores, read_grade
-from jaxembed.synthesis.requests import Answer
+from jaxembed.synthesis.endpoints import ServerOptions, TooLongError
+from jaxembed.synthesis.ranking import fuse_scores, rank_scored, read_grade
+from jaxembed.synthesis.requests import Answer, Request
 from jaxembed.synthesis.retrieval import DocumentIndex
+from jaxembed.synthesis.servers import LlmServers
 
 from .conftest import Synthesize
 
@@ -144,6 +148,22 @@ def test_ranks_are_fused_by_their_reciprocals() -> None:
     # Ranks 1, 2, 3 and 2, 3, 1: 1/61 + 1/62, 1/62 + 1/63, 1/63 + 1/61.
     assert fuse_scores([[3.0, 2.0, 1.0], [2.0, 1.0, 3.0]], 60) == [0, 2, 1]
     assert fuse_scores([[0.0, 0.0, 1.0]], 60) == [2, 0, 1]
+
+
+def test_candidates_without_a_score_are_left_out() -> None:
+    none = -math.inf
+    assert rank_scored([[1.0, none, 3.0], [none, none, none]], 60) == [2, 0]
+    assert rank_scored([[1.0, none, 3.0], [none, 5.0, 2.0]], 60) == [2, 1, 0]
+    assert rank_scored([[none, none]], 60) == []
+
+
+def test_a_text_that_is_too_long_to_score_does_not_switch_likelihood_off(server: LlmServer) -> None:
+    server.behavior = Behavior(max_prompt_chars=10)
+    servers = LlmServers(ServerOptions([server.url], MODEL))
+    with pytest.raises(TooLongError):
+        servers.ask(Request(MODEL, "Passage: " * 9, SamplingConfig(), seed=0, scored_text="text"))
+    server.behavior = Behavior()
+    assert servers.ask(Request(MODEL, "Passage: ", SamplingConfig(), seed=0, scored_text="text")).likelihood is not None
 
 
 def test_the_grade_is_the_expectation_over_the_probabilities_of_the_server() -> None:
