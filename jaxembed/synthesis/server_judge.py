@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def open_server_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
     digest = hashlib.sha256(config.model_dump_json(exclude={"url"}).encode()).hexdigest()
     make_private_folder(folder := cache / "judges" / digest)
     options = ServerOptions([config.url], config.model, read_key(KEY_VARIABLE))
-    client = LlmClient(LlmServers(options), AnswerStore(folder / "answers.jsonl"))
+    client = LlmClient(LlmServers(options), open_answer_store(folder / "answers.jsonl"))
 
     def score(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         with ThreadPoolExecutor(options.concurrency) as pool:
@@ -56,6 +57,12 @@ def open_server_judge(config: JudgeConfig, cache: Path) -> ScorePairs:
         return np.array([SCORE_WITHOUT_ANSWER if value is None else value for value in scores], np.float32)
 
     return cache_scores(config.model, cache / "scores" / digest, score)
+
+
+@functools.cache
+def open_answer_store(path: Path) -> AnswerStore:
+    """Open a store once in a process, because it locks its file. Judges with the same settings share it."""
+    return AnswerStore(path)
 
 
 def score_pair(client: LlmClient, config: JudgeConfig, pair: tuple[str, str]) -> float | None:

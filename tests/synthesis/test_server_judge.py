@@ -32,6 +32,7 @@ def test_scores_are_probabilities_of_yes_and_each_pair_is_sent_once(tmp_path: Pa
         config = JudgeConfig(kind="server", model=MODEL, url=server.url)
         score = open_server_judge(config, tmp_path)
         assert score(PAIRS).tolist() == [1, 0, SCORE_WITHOUT_ANSWER]
+    assert open_server_judge(config, tmp_path)(PAIRS[:1]).tolist() == [1], "judges with the same settings share their answers"
     assert score(PAIRS[::-1]).tolist() == [SCORE_WITHOUT_ANSWER, 0, 1]  # the server is gone
 
 
