@@ -39,6 +39,11 @@ def normalize_text(text: str) -> str:
     return " ".join(unicodedata.normalize("NFD", folded).split())
 
 
+def join_normalized(texts: Iterable[str]) -> str:
+    """Return a form of several texts that all equal ones share. A line break separates them: normalized texts have none."""
+    return "\n".join(map(normalize_text, texts))
+
+
 def hash_text(text: str) -> np.ndarray:
     """Return a 64-bit hash of a text, as uint32 [2]. Equal texts (`normalize_text`) have equal hashes.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,10 +39,11 @@ class AcceptedRow:
 
 def find_format(task: TaskConfig) -> str:
     """Return the format of a task's rows. Raise `UserError` if no format has its fields."""
-    for name, fields in IDENTIFYING_FIELDS.items():
+    formats = {name: fields for name, fields in IDENTIFYING_FIELDS.items() if name != "chat"}
+    for name, fields in formats.items():
         if fields <= set(task.row):
             return name
-    expected = "; ".join(", ".join(sorted(fields)) for fields in IDENTIFYING_FIELDS.values())
+    expected = "; ".join(", ".join(sorted(fields)) for fields in formats.values())
     raise UserError(f"task {task.name}: row has {', '.join(task.row)} (expected at least the fields of one format: {expected})")
 
 
@@ -53,17 +55,17 @@ class KnownQueries:
         self._seen = SeenTexts(config.duplicates, config.threshold) if config.duplicates != "none" else None
         if config.existing and self._seen:
             for row in iter_curated_rows(open_curated_sources(config.existing, cache, where)):
-                self._seen.add(get_duplicate_key(row))
+                self._seen.add(*get_compared_texts(row))
 
     def add(self, row: CuratedRow) -> bool:
         """Return whether the query of a row is new, and remember it."""
-        return self._seen is None or self._seen.add(get_duplicate_key(row))
+        return self._seen is None or self._seen.add(*get_compared_texts(row))
 
 
-def get_duplicate_key(row: CuratedRow) -> str:
-    """Return the text that copies of a row share: its query, or both texts of a pair with a score or an NLI label."""
+def get_compared_texts(row: CuratedRow) -> list[str]:
+    """Return the texts that copies of a row share: its query, or both texts of a pair with a score or an NLI label."""
     texts = get_texts(row, "query")
-    return "\n".join([*texts, *get_texts(row, "positives")] if row.format == "scored_pairs" else texts)
+    return [*texts, *get_texts(row, "positives")] if row.format == "scored_pairs" else texts
 
 
 class RowRules:
@@ -131,11 +133,11 @@ class RowRules:
             return f"{2 ** (len(document).bit_length() - 1):,} characters or more"
         return fill_template(quota.by, draft)
 
-    def _compute_max_rows(self, quota: QuotaConfig) -> float:
+    def _compute_max_rows(self, quota: QuotaConfig) -> int:
         if quota.max_rows is not None:
             return quota.max_rows
         assert quota.max_share is not None and self._target_rows is not None
-        return max(quota.max_share * self._target_rows, 1)
+        return max(math.floor(quota.max_share * self._target_rows + 1e-9), 1)
 
 
 def list_texts(row: Mapping[str, Any]) -> list[str]:

@@ -159,6 +159,6 @@ def parse_json(text: str, openings: str) -> Any:
         pass
     try:
         value = ast.literal_eval(text[start : text.rindex("]") + 1])
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         raise InvalidAnswerError("not JSON") from None
     return value

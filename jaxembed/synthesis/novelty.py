@@ -12,7 +12,7 @@ from jaxembed.config.curation import LanguageStepConfig
 from jaxembed.curation.minhash import choose_hashes_per_band, compute_signatures, hash_bands, import_rensa
 from jaxembed.curation.steps.languages import load_identifier, open_identifier
 from jaxembed.curation.steps.near_duplicates import hash_char_ngrams
-from jaxembed.data.equality import hash_text
+from jaxembed.data.equality import hash_exact_text, join_normalized
 from jaxembed.errors import UserError
 
 DEFAULT_THRESHOLD = 0.8
@@ -34,9 +34,9 @@ class SeenTexts:
         self._signatures: list[np.ndarray] = []
         self._first_texts: dict[int, int] = {}  # bucket -> index of its first signature
 
-    def add(self, text: str) -> bool:
-        """Add a text and return True, or return False if a copy is in the set."""
-        text_hash = hash_text(text).tobytes()
+    def add(self, *texts: str) -> bool:
+        """Add a text, or several as one, and return True, or return False if a copy is in the set."""
+        text, text_hash = "\n".join(texts), hash_exact_text(join_normalized(texts)).tobytes()
         if text_hash in self._hashes:
             return False
         if self._minhash is not None and text.strip() and not self._add_signature(text):

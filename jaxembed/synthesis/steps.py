@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -255,7 +256,9 @@ class FilterStep(Step):
         value = draft.get_value(name) if name else text
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
+            return "not a number"
+        if math.isnan(number):
             return "not a number"
         is_low = config.minimum is not None and number < config.minimum
         is_high = config.maximum is not None and number > config.maximum

@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
-from jaxembed.config.synthesis_steps import AnswerConfig, SamplingConfig
+from jaxembed.config.synthesis import TaskConfig
+from jaxembed.config.synthesis_steps import AnswerConfig, FilterStepConfig, SamplingConfig
 from jaxembed.errors import UserError
+from jaxembed.synthesis.acceptance import RowRules, find_format
 from jaxembed.synthesis.answers import AnswerReader, InvalidAnswerError, drop_limits
+from jaxembed.synthesis.drafts import Draft
+from jaxembed.synthesis.endpoints import ServerOptions
 from jaxembed.synthesis.novelty import SeenTexts, find_language_code, find_language_problem
 from jaxembed.synthesis.requests import Answer, Request
+from jaxembed.synthesis.steps import FilterStep
 from jaxembed.synthesis.store import AnswerStore
 from jaxembed.synthesis.workers import Job, TokenBudget, Workers
 
@@ -57,7 +62,7 @@ def test_the_reason_of_an_invalid_answer_is_named(changes: dict[str, Any], reaso
 def test_a_list_may_be_wrapped_or_written_as_in_python() -> None:
     for text in ('["a", "b", "a"]', '{"tasks": ["a", "b"]}', "The tasks: ['a', 'b']", '{"items": ["a", "b"]}'):
         assert read({"type": "list"}, text) == [{"item": "a"}, {"item": "b"}]
-    for text in ("none", '["a"', '["a", 3]', "[]", "['a', __import__('os')]"):
+    for text in ("none", '["a"', '["a", 3]', "[]", "['a', __import__('os')]", "[{['a']}]"):
         with pytest.raises(InvalidAnswerError):
             read({"type": "list"}, text)
 
@@ -79,6 +84,29 @@ def test_schemas_are_strict_and_their_limits_can_be_left_out() -> None:
     assert schema is not None and schema["additionalProperties"] is False and schema["required"] == list(GOOD)
     assert schema["properties"]["query"]["maxLength"] == 20 and schema["properties"]["label"]["enum"] == ["yes", "no", "3"]
     assert "max" not in json.dumps(drop_limits(schema))
+
+
+def test_keys_are_removed_and_placeholders_for_a_key_are_not() -> None:
+    keys = ("none", "sk-0123456789")
+    redacted = [ServerOptions(["http://a"], "m", api_key=key).redact(f"none has {keys[1]}") for key in keys]
+    assert redacted == [f"none has {keys[1]}", "none has ***"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), "nan", 10**400])
+def test_a_filter_drops_what_is_not_a_number(value: Any) -> None:
+    step = FilterStep(FilterStepConfig(name="f", value="{ask.n}", minimum=1))
+    assert list(step.run([Draft(("t", 0), {"ask": {"n": value}})])) == []
+    assert step.counts.dropped == {"not a number": 1}
+
+
+def test_chats_are_not_synthesized_and_shares_are_not_exceeded() -> None:
+    task = {"name": "t", "steps": [{"name": "a", "kind": "ask", "requests": 1, "prompt": "p"}]}
+    quotas = [{"by": "length", "max_share": 0.25}]
+    rules = RowRules(TaskConfig.model_validate(task | {"row": {"text": "{a.text}"}, "quotas": quotas}), None, 10)  # type: ignore[arg-type]
+    rows = [rules._compute_max_rows(quota) for quota in rules._task.quotas]
+    assert rows == [2]
+    with pytest.raises(UserError, match=r"task t: row has messages .expected at least the fields of one format: "):
+        find_format(TaskConfig.model_validate(task | {"row": {"messages": "{a.text}"}}))
 
 
 def make_request(prompt: str) -> Request:
@@ -158,6 +186,9 @@ def test_near_duplicates_are_found_in_several_scripts() -> None:
     assert not any(map(seen.add, copies)) and seen.add("Find the river that explains a harbor in winter")
     exact = SeenTexts("exact")
     assert exact.add("Find it") and exact.add("Find its") and not exact.add("find  IT")
+    assert (
+        exact.add("new york", "city guide") and exact.add("new", "york city guide") and not exact.add("NEW", "york city guide")
+    )
 
 
 def test_languages_are_named_or_coded() -> None:

@@ -296,7 +296,7 @@ def test_unsupported_schemas_and_seeds_are_left_out_and_logged_once(
 def test_quotas_limit_groups_and_tasks_share_the_rows(synthesize: Synthesize, recipe: Path, tmp_path: Path) -> None:
     (task,) = RECIPE["tasks"]
     quotas = [
-        {"by": "{example.words}", "max_share": 0.5},
+        {"by": "{example.words}", "max_share": 0.6},
         {"by": "language", "max_rows": 100},
         {"by": "length", "max_rows": 100},
     ]
@@ -304,7 +304,7 @@ def test_quotas_limit_groups_and_tasks_share_the_rows(synthesize: Synthesize, re
     result = synthesize("--max-rows=20")
     assert result["rows"] == {"search": 15, "more": 5}
     origins = read_rows(tmp_path / "out/provenance/search.jsonl")
-    assert sum(origin["values"]["example"]["words"] == "50" for origin in origins) == 8
+    assert sum(origin["values"]["example"]["words"] == "50" for origin in origins) == 9
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["tasks"]["search"]["groups"]["language"] == {"en": 15}
 

@@ -11,7 +11,7 @@ from jaxembed.config.curation import DuplicatesStepConfig
 from jaxembed.curation.steps.curated_row import CuratedRow
 from jaxembed.curation.steps.items import list_items
 from jaxembed.curation.steps.record_files import RecordFiles
-from jaxembed.data.equality import hash_exact_text, normalize_text
+from jaxembed.data.equality import hash_exact_text, join_normalized
 
 COPY_RECORD = np.dtype([("key", "<u8"), ("priority", "<u8"), ("row_hash", "<u8"), ("item", "<u8")])
 
@@ -38,7 +38,7 @@ class ExactDuplicatesStep:
         for row in rows:
             prefix = "" if self._config.across_sources else f"{row.source} "
             for item in list_items(row, self._config):
-                key = int(hash_exact_text(prefix + normalize_text(item.text)).view("<u8")[0])
+                key = int(hash_exact_text(prefix + join_normalized(item.texts)).view("<u8")[0])
                 records.append((key, item.priority, item.row_hash, self._num_items))
                 self._num_items += 1
         self._records.append(np.array(records, COPY_RECORD))

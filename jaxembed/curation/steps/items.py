@@ -38,14 +38,19 @@ class Item(NamedTuple):
     """A text to compare.
 
     Attributes:
-        text: The text.
+        texts: Its texts: one, or a query and a positive.
         priority: Of several copies, the one with the highest priority is kept.
         row_hash: Hash of the row. Of equal priorities, the smallest one is kept.
     """
 
-    text: str
+    texts: tuple[str, ...]
     priority: int
     row_hash: int
+
+    @property
+    def text(self) -> str:
+        """All texts, one below the other."""
+        return "\n".join(self.texts)
 
 
 class ItemRule(NamedTuple):
@@ -68,9 +73,12 @@ def list_items(curated: CuratedRow, config: DuplicatesStepConfig) -> list[Item]:
     row_hash = hash_row(curated.fields)
     if config.of == "queries" or (config.of == "pairs" and not positives):
         length = len(query) + sum(map(len, positives))
-        return [Item(query, compute_priority(curated, length, config.keep), row_hash)]
-    texts = [positive if config.of == "positives" else f"{query}\n{positive}" for positive in positives]
-    return [Item(text, compute_priority(curated, len(text), config.keep), row_hash) for text in texts]
+        return [Item((query,), compute_priority(curated, length, config.keep), row_hash)]
+    prefix = () if config.of == "positives" else (query,)
+    return [
+        Item((*prefix, positive), compute_priority(curated, sum(map(len, prefix)) + len(positive), config.keep), row_hash)
+        for positive in positives
+    ]
 
 
 def count_items(curated: CuratedRow, config: DuplicatesStepConfig) -> int:

@@ -21,7 +21,7 @@ from jaxembed.curation.mining import SCORE_TOLERANCE
 from jaxembed.curation.steps.curated_row import CuratedRow
 from jaxembed.curation.steps.items import list_items
 from jaxembed.curation.steps.vector_spool import VectorSpool
-from jaxembed.data.equality import hash_exact_text, normalize_text
+from jaxembed.data.equality import hash_exact_text, join_normalized
 from jaxembed.hub.frozen_encoder import FrozenEncoder
 from jaxembed.search.nearest import search
 
@@ -59,7 +59,7 @@ class SemanticDuplicatesStep:
         records = np.empty(len(items), ITEM_RECORD)
         records["priority"] = [item.priority for _, item in items]
         records["row_hash"] = [item.row_hash for _, item in items]
-        records["text"] = [int(hash_exact_text(normalize_text(item.text)).view("<u8")[0]) for _, item in items]
+        records["text"] = [int(hash_exact_text(join_normalized(item.texts)).view("<u8")[0]) for _, item in items]
         records["group"] = [0 if self._config.across_sources else source for source, _ in items]
         self._parts.append(records)
 
