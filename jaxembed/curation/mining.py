@@ -268,12 +268,15 @@ def _iter_rankings(pool: MiningPool, nearest: list[SearchResult], options: Minin
 
 
 def _rank_by_bm25(pool: MiningPool, depth: int) -> list[np.ndarray]:
-    """Return the best documents of each query by BM25 that may be negatives, best first."""
+    """Return the best documents of each query by BM25 that may be negatives, best first.
+
+    Documents without a term of the query are left out.
+    """
     queries = [query.text for query in pool.queries]
-    ranked = bm25.rank_documents(pool.documents[: pool.corpus_size], queries, _compute_search_depth(pool, depth))
-    ranks = np.arange(ranked.shape[1])
-    per_query = zip(ranked, pool.excluded_documents, strict=True)
-    return [_remove_excluded(SearchResult(ids, ranks), excluded, depth).indices for ids, excluded in per_query]
+    index = bm25.Bm25Index(pool.documents[: pool.corpus_size])
+    per_query = zip(*index.search(queries, _compute_search_depth(pool, depth)), pool.excluded_documents, strict=True)
+    found = ((SearchResult(ids[scores > 0], scores[scores > 0]), excluded) for ids, scores, excluded in per_query)
+    return [_remove_excluded(result, excluded, depth).indices for result, excluded in found]
 
 
 def _compute_search_depth(pool: MiningPool, depth: int) -> int:

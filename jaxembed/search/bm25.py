@@ -40,12 +40,18 @@ class Bm25Index:
         self._index = _make_index()
         self._list_terms = make_term_splitter()
         self._size = len(corpus)
-        self._index.index([self._list_terms(text) for text in corpus], show_progress=False)
+        terms = [self._list_terms(text) for text in corpus]
+        self._has_terms = any(terms)
+        if self._has_terms:
+            self._index.index(terms, show_progress=False)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return indices and scores of the k best documents of each query, best first, int64 and float32 [Q, min(k, N)]."""
+        k = min(k, self._size)
+        if not self._has_terms:
+            return np.tile(np.arange(k), (len(queries), 1)), np.zeros((len(queries), k), np.float32)
         query_terms = [self._list_terms(query) for query in queries]
-        best, scores = self._index.retrieve(query_terms, k=min(k, self._size), show_progress=False)
+        best, scores = self._index.retrieve(query_terms, k=k, show_progress=False)
         return best.astype(np.int64), np.asarray(scores, np.float32)
 
 

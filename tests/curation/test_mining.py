@@ -193,6 +193,8 @@ def test_bm25_candidates_keep_their_order_and_get_scores_of_the_model(tmp_path: 
     pool = make_pool(tmp_path, [{"query": "red apple tree house", "pos": ["a house with a red apple tree"]}], texts)
     row = rows_by_query(pool, mine_pool(pool, rankers=("bm25",), negatives=2))["red apple tree house"]
     assert row["neg"] == ["red apple tree", "red apple"]
+    all_found = rows_by_query(pool, mine_pool(pool, rankers=("bm25",), negatives=5))["red apple tree house"]["neg"]
+    assert all_found == [*row["neg"], "green apple pie"], "documents without a term of the query are no candidates"
     np.testing.assert_allclose(
         row["neg_scores"], [draw_vector(row["query"]) @ draw_vector(text) for text in row["neg"]], atol=2e-6
     )

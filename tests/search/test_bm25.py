@@ -31,6 +31,7 @@ def test_words_inside_clauses_without_spaces_match() -> None:
 def test_query_without_known_words_and_k_beyond_the_corpus() -> None:
     best = rank_documents(CORPUS, ["", "unheard"], 10)
     assert [sorted(row) for row in best.tolist()] == [[0, 1, 2, 3]] * 2
+    assert rank_documents(["the", ""], ["file"], 10).tolist() == [[0, 1]], "no document has a term"
 
 
 def test_missing_library_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
