@@ -114,8 +114,13 @@ def _read_documents(folder: Path, files: Sequence[Path]) -> tuple[dict[str, Docu
             problems.append(str(error))
         else:
             name = path.relative_to(folder).as_posix() if path != folder else path.name
-            documents[name] = document
+            documents[escape_surrogates(name)] = document
     return documents, problems
+
+
+def escape_surrogates(name: str) -> str:
+    """Return a file name with its bytes that are not UTF-8 escaped, so that it can be written."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _iter_rows(documents: dict[str, Document], limits: PassageLimits, dropped: Counter[str]) -> Iterator[dict[str, str]]:

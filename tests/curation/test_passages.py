@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,12 @@ def test_short_and_repeated_passages_are_dropped_and_counted(folder: Path) -> No
     (folder / "short.txt").write_text("Too short.")
     report = run("docs", "docs.jsonl", "--min-chars", "30")
     assert report["dropped"] == {"copy of another passage": 1, "too short": 2}
+
+
+def test_a_file_name_that_is_not_utf8_is_escaped(folder: Path) -> None:
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("The only passage of a file with an old name is long enough.")
+    run("docs", "passages.jsonl")
+    assert "caf\\udce9.txt#1" in [row["id"] for row in read_rows(Path("passages.jsonl"))]
 
 
 def test_passages_have_at_most_the_tokens_of_a_model(folder: Path) -> None:
