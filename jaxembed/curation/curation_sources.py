@@ -14,6 +14,8 @@ from jaxembed.data.sampling import iter_rows
 from jaxembed.data.schema import Row
 from jaxembed.data.sources import open_rows, open_source
 
+# Keys of a source that decide which rows a curation reads from the same content.
+ROW_KEYS = ("columns", "split", "label_scores", "score_range", "pair_templates", "equality", "where", "min_chars", "max_chars")
 PAIR_BUILDING_FORMATS = ("documents", "chat")  # formats whose rows a sampler turns into pairs
 
 
@@ -25,6 +27,7 @@ class CuratedSource(NamedTuple):
         path: Path in the config.
         format: Format of the rows that go through the steps. Documents, chats, NLI and BEIR data become pairs.
         digest: SHA-256 of the content.
+        keys: Values of `ROW_KEYS`, as JSON.
         num_rows: Number of rows. For documents: the number of documents, each of which yields a row per template.
         iter_rows: Returns an iterator over the rows.
         locate: Returns where the row with a given number is stored, for errors.
@@ -34,6 +37,7 @@ class CuratedSource(NamedTuple):
     path: str
     format: str
     digest: str
+    keys: str
     num_rows: int
     iter_rows: Callable[[], Iterator[Row]]
     locate: Callable[[int], str]
@@ -52,12 +56,13 @@ def _open_source(config: SourceConfig, name: str, cache: Path) -> CuratedSource:
             return rows.locate(number - 1)
         return f"{config.path}: pair {number}"
 
+    keys = config.model_dump_json(include={*ROW_KEYS})
     format_name, rows = open_rows(config, cache)
     if format_name in PAIR_BUILDING_FORMATS:
-        source = open_source(config, cache)
-        return CuratedSource(name, config.path, "pairs", source.digest, len(source), source.iter_pairs, locate)
+        source = open_source(config.model_copy(update={"max_examples": None}), cache)
+        return CuratedSource(name, config.path, "pairs", source.digest, keys, len(source), source.iter_pairs, locate)
     curated_format = format_name if format_name in SINGLE_FIELDS else "pairs"
-    return CuratedSource(name, config.path, curated_format, rows.digest, len(rows), lambda: iter_rows(rows), locate)
+    return CuratedSource(name, config.path, curated_format, rows.digest, keys, len(rows), lambda: iter_rows(rows), locate)
 
 
 def iter_curated_rows(sources: Sequence[CuratedSource]) -> Iterator[CuratedRow]:

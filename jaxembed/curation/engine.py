@@ -76,7 +76,7 @@ def curate(
     row_steps = {i: prepare_step(step, context) for i, step in enumerate(config.steps) if not needs_all_rows(step)}
     sources = open_curated_sources(config.sources, context.cache, where)
     check_sides(config, [source.format for source in sources])
-    inputs = [[source.name, source.format, source.digest, source.num_rows] for source in sources]
+    inputs = [[source.name, source.format, source.digest, source.num_rows, source.keys] for source in sources]
     inputs_digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     with lock_output(out, inputs_digest):
         Curation(config, out, sources, row_steps, context, map_in_workers).run(inputs_digest)
@@ -160,11 +160,17 @@ class Curation:
     def _apply_steps(
         self, rows: Iterable[CuratedRow], functions: Mapping[int, RowStep], stats: Mapping[int, CurationStepStats]
     ) -> Iterator[CuratedRow]:
-        """Yield the rows that steps keep, and count the outcomes. Consecutive independent steps form a group."""
+        """Yield the rows that steps keep, and count the outcomes. Consecutive independent steps form a group.
+
+        Only the first group of independent steps is mapped in workers, because they occupy the processors of the cluster.
+        """
         groups = itertools.groupby(functions, lambda i: i in self.row_steps and not needs_model(self.config.steps[i]))
-        for runs_in_workers, group in groups:
+        map_independent = self.map_in_workers
+        for is_independent, group in groups:
             chosen = {i: functions[i] for i in group}
-            rows = self._apply_group(rows, chosen, stats, self.map_in_workers if runs_in_workers else map_batches)
+            rows = self._apply_group(rows, chosen, stats, map_independent if is_independent else map_batches)
+            if is_independent:
+                map_independent = map_batches
         yield from rows
 
     def _apply_group(

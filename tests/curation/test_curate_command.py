@@ -11,13 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from jaxembed import cli, config
 from jaxembed import curate as curate_command
+from jaxembed.config import SourceConfig
 from jaxembed.config.curation import load_curate_config
 from jaxembed.curation import engine
+from jaxembed.curation.batches import map_batches
+from jaxembed.curation.curation_sources import open_curated_sources
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.data.sources import open_source
 from jaxembed.errors import UserError
@@ -260,6 +264,8 @@ def test_the_output_of_another_curation_is_refused(tmp_path: Path, sources: list
         run(path, f"out={tmp_path / 'other'}", "steps.2.min_chars=10000")
     with pytest.raises(UserError, match="other: holds an unfinished curation of other sources"):
         run(path, f"out={tmp_path / 'other'}", f"sources=[{{path: {tmp_path / 'pairs.jsonl'}}}]")
+    with pytest.raises(UserError, match="other: holds an unfinished curation of other sources"):
+        run(path, f"out={tmp_path / 'other'}", "sources.0.min_chars=1")
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="file: already exists"):
         run(path, f"out={tmp_path / 'file'}")
@@ -320,3 +326,27 @@ def test_shipped_configs_load_and_open_with_their_command(path: Path) -> None:
     with pytest.raises(UserError, match=f"Did you mean the shipped config {path.stem}"):
         load_curate_config(f"{path.stem}s")
     assert path.read_text().startswith(f"# python -m jaxembed.curate configs/curation/{path.name}\n")
+
+
+def test_max_examples_has_no_effect(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]}
+    write_jsonl(tmp_path / "chat.jsonl", [chat, chat])
+    source = SourceConfig(path=str(tmp_path / "chat.jsonl"), max_examples=1)
+    assert open_curated_sources([source], tmp_path / "cache", "config.yaml")[0].num_rows == 2
+
+
+def test_only_the_first_independent_steps_are_mapped_in_workers(
+    tmp_path: Path, sources: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = {"name": "judge", "judge": {"model": "J"}}
+    path = write_config(tmp_path, sources, [{"name": "clean"}, judge, {"name": "quality", "min_chars": 1}])
+    monkeypatch.setattr("jaxembed.curation.model_steps.open_judge", lambda *_: lambda pairs: np.ones(len(pairs), np.float32))
+    monkeypatch.setattr("jaxembed.curation.model_steps.find_folder", Path)
+    mapped = []
+
+    def map_in_workers(functions: Any, batches: Any) -> Any:
+        mapped.append(len(functions))
+        return map_batches(functions, batches)
+
+    engine.curate(load_curate_config(path), curate_command.make_context(tmp_path / "cache"), str(path), map_in_workers)
+    assert mapped == [1]
