@@ -101,6 +101,8 @@ class LanguageStepConfig(StepConfig):
     def _check_rules(self) -> LanguageStepConfig:
         if not self.languages and not self.language_pairs and self.pairs == "any":
             raise ValueError("a language step needs languages, pairs, or language_pairs. Set one of them.")
+        if (self.pairs != "any" or self.language_pairs) and not {"positives", "negatives"} & {*self.sides}:
+            raise ValueError("pairs and language_pairs judge documents, but sides has only query. Add positives or negatives.")
         return self
 
 
@@ -243,7 +245,7 @@ class BalanceStepConfig(StepConfig):
         1.0, ge=0, le=1, description="rows: exponent of the group size. 1: groups keep their shares. 0: equal shares."
     )
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        {}, description="rows: weight of each group, by its value. Default: 1."
+        {}, description="rows: weight of each group, by its value, or the name of a source. Default: 1."
     )
 
     @model_validator(mode="after")

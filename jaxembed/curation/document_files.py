@@ -133,8 +133,6 @@ class _BlockCollector(TextCollector):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Process a start tag."""
-        if tag == "body":
-            self._skipped.clear()  # </head> is optional
         if tag in PARAGRAPH_TAGS:
             self.end_block(0)
         super().handle_starttag(tag, attrs)

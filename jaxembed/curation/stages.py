@@ -47,7 +47,7 @@ from jaxembed.curation.steps.user_function import make_function_step
 from jaxembed.errors import UserError
 
 DROPPED_FILE, CHANGES_FILE = "dropped.npy", "changes.jsonl"
-ENGINE_VERSION = 1  # increase it when the same config gives different results
+ENGINE_VERSION = 2  # increase it when the same config gives different results
 # Libraries whose versions may change what a step does.
 STEP_LIBRARIES = ("ftfy", "py3langid", "rensa")
 
@@ -155,7 +155,7 @@ def make_all_rows_step(
         context: The resources that steps share.
     """
     if isinstance(step, BalanceStepConfig):
-        return BalanceStep(step, folder, max_rows, config.memory_mb, config.seed)
+        return BalanceStep(step, folder, max_rows, config)
     if isinstance(step, CurriculumStepConfig):
         return CurriculumStep(step)
     if needs_model(step):

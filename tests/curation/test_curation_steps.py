@@ -83,6 +83,8 @@ def test_cleaning_leaves_code_emoji_and_joined_letters_alone(text: str) -> None:
 def test_html_becomes_text() -> None:
     assert html_to_text("<ul><li>one<li>two</ul><b>bold</b> &lt;tag&gt;<style>p {}</style>") == "one\ntwo\nbold <tag>"
     assert html_to_text("a<br/>b<!-- hidden -->") == "a\nb"
+    assert html_to_text("<head><title>t</title><body>text") == "text"
+    assert [html_to_text(text) for text in ("x <![x]> y", "a <![ b", "<![foo bar")] == ["x  y", "a <![ b", "<![foo bar"]
 
 
 def test_white_space_collapses_but_indentation_stays() -> None:
@@ -124,6 +126,8 @@ def test_scored_pairs_and_labels_are_checked_as_a_whole() -> None:
 @pytest.mark.parametrize("find_problem", [find_gopher_problem, find_repetition_problem, find_c4_problem, find_fineweb_problem])
 def test_a_page_of_sentences_passes_the_published_rules(find_problem: Any) -> None:
     assert find_problem(GOOD_PAGE) is None
+    if find_problem in (find_repetition_problem, find_fineweb_problem):
+        assert find_problem(GOOD_PAGE.replace("\n", "\n\n")) is None, "blank lines are no lines"
 
 
 @pytest.mark.parametrize(
@@ -136,6 +140,8 @@ def test_a_page_of_sentences_passes_the_published_rules(find_problem: Any) -> No
         (find_gopher_problem, "\n".join(line[:-1] + "." * (i % 2 * 3) for i, line in enumerate(SENTENCES)), "gopher: lines that end in an ellipsis"),  # noqa: E501
         (find_gopher_problem, GOOD_PAGE + " 1234567" * 80, "gopher: words without letters"),
         (find_gopher_problem, " ".join(f"{word} {word[::-1]}" for word in WORDS * 2), "gopher: stop words"),
+        (find_gopher_problem, "the " * 2 + " ".join(WORDS * 2), "gopher: stop words"),
+        (find_fineweb_problem, "\n\n\n".join(f"{word} is a word." for word in WORDS), "fineweb: short lines"),
         (find_repetition_problem, f"{GOOD_PAGE}\n\n{GOOD_PAGE}", "gopher_repetition: paragraphs"),
         (find_repetition_problem, "\n".join(["the same line."] * 3 + ["another one."]), "gopher_repetition: lines"),
         (find_repetition_problem, "so good " * 20, "gopher_repetition: most frequent 2-gram"),
@@ -144,6 +150,7 @@ def test_a_page_of_sentences_passes_the_published_rules(find_problem: Any) -> No
         (find_c4_problem, "One two three. " * 4, "c4: number of sentences"),
         (find_c4_problem, "These sites use cookies.\n" * 6, "c4: number of sentences"),
         (find_fineweb_problem, GOOD_PAGE.replace(".", ""), "fineweb: lines that end like sentences"),
+        (find_fineweb_problem, " \n", "fineweb: lines that end like sentences"),
         (find_fineweb_problem, "\n".join(f"{word} is a word." for word in WORDS), "fineweb: short lines"),
         (find_fineweb_problem, f"{GOOD_PAGE}\n{SENTENCES[0]}", "fineweb: repeated lines"),
     ],
@@ -199,6 +206,8 @@ def test_exact_duplicates_of_pairs_queries_and_positives(tmp_path: Path) -> None
     assert sorted(map(len, left["pairs"])) == [2, 2, 3] or sorted(map(len, left["pairs"])) == [2, 2, 2, 2]
     assert left["queries"] == [["How?", "so", "thus"], ["Why?", "so"]]
     assert sorted(text.lower() for _, *texts in left["positives"] for text in texts) == ["other", "so", "thus"]
+    split = [pair("new york", "city guide"), pair("new", "york city guide")]
+    assert all(outcome.row for outcome in run_all_rows_step(DuplicatesStepConfig(), tmp_path / "split", split))
 
 
 def test_the_kept_copy_follows_the_rules(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from jaxembed.config.curation_models import JudgeStepConfig
 from jaxembed.config.sections import parse_section
 from jaxembed.curation.steps.balance import divide_rows
 from jaxembed.curation.steps.curated_row import CuratedRow, StepOutcome
+from jaxembed.curation.steps.curriculum import find_difficulty
 from jaxembed.curation.steps.judged_rows import make_judge_step
 from jaxembed.errors import UserError
 from jaxembed.search.clustering import cluster_vectors
@@ -74,6 +75,10 @@ def test_groups_are_drawn_by_weights_and_exponent(tmp_path: Path) -> None:
     assert count("f", rows=500, max_rows=30) == {"rare": 20, "common": 30}
     with pytest.raises(UserError, match="balance by topic: weights has 'rar', but no row has this value"):
         count("g", rows=20, weights={"rar": 1})
+    config = BalanceStepConfig(rows=6, weights={"source1": 2})
+    sourced = [pair(f"q{i}", "p", source=i % 2) for i in range(20)]
+    outcomes = run_all_rows_step(config, tmp_path / "h", sourced)
+    assert Counter(row.source for row, outcome in zip(sourced, outcomes, strict=True) if outcome.row) == {0: 2, 1: 4}
 
 
 # curriculum
@@ -87,6 +92,7 @@ def test_levels_follow_the_difficulty_whatever_the_order(tmp_path: Path) -> None
         assert levels == {f"q{i}": 1 + i // 3 for i in range(9)}
     outcomes = run_all_rows_step(CurriculumStepConfig(descending=True, levels=9, field="rank"), tmp_path / "c", rows)
     assert [outcome.row["rank"] for outcome in outcomes if outcome.row] == list(range(9, 0, -1))
+    assert find_difficulty({"n": 10**400}, "n") == np.inf and find_difficulty({"n": -(10**400)}, "n") == -np.inf
 
 
 def test_a_difficulty_that_no_row_has_is_refused(tmp_path: Path) -> None:
@@ -125,6 +131,7 @@ def test_clusters_are_those_of_separate_groups_in_any_order() -> None:
         ({"name": "balance", "rows": 5, "weights": {"a": -1}}, "steps.0.weights.a is -1"),
         ({"name": "curriculum", "levels": 1}, r"steps.0.levels is 1 \(expected a number that is at least 2\)"),
         ({"name": "cluster", "model": "M"}, "steps.0.clusters"),
+        ({"name": "language", "pairs": "same", "sides": ["query"]}, "pairs and language_pairs judge documents, but sides has"),
         ({"name": "judge"}, "steps.0.judge"),
         ({"name": "cluster", "modle": "M", "clusters": 2}, r"unknown key steps.0.modle. Did you mean steps.0.model\?"),
         (

@@ -20,7 +20,8 @@ def pair(query: str, *positives: str, neg: Sequence[str] = (), source: int = 0, 
 def run_all_rows_step(config: AnyStep, folder: Path, rows: Sequence[CuratedRow], seed: int = 0) -> list[StepOutcome]:
     """Let a step see rows in batches of two, then apply what it decided."""
     folder.mkdir(exist_ok=True)
-    whole = CurateConfig(out="out", memory_mb=16, seed=seed, sources=[{"path": "a.jsonl"}], steps=[config])
+    sources = [{"path": f"source{i}.jsonl"} for i in range(3)]
+    whole = CurateConfig(out="out", memory_mb=16, seed=seed, sources=sources, steps=[config])
     with closing(make_all_rows_step(config, folder, 100, whole, make_context(folder / "cache"))) as step:
         for start in range(0, len(rows), 2):
             step.collect(rows[start : start + 2])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxembed.config.curation import BalanceStepConfig
+from jaxembed.config.curation import BalanceStepConfig, CurateConfig
 from jaxembed.curation.steps.curated_row import CuratedRow, hash_row
 from jaxembed.curation.steps.items import ItemRule
 from jaxembed.curation.steps.record_files import RecordFiles
@@ -26,12 +26,13 @@ class BalanceStep:
     The draw does not depend on the order of the rows.
     """
 
-    def __init__(self, config: BalanceStepConfig, folder: Path, max_rows: int, memory_mb: int, seed: int):
-        """Start without rows. See `RecordFiles` for `folder` and `memory_mb`."""
-        self._config, self._seed = config, seed
-        self._records = RecordFiles(folder, DRAW_RECORD, max_rows, memory_mb)
+    def __init__(self, step: BalanceStepConfig, folder: Path, max_rows: int, config: CurateConfig):
+        """Start without rows. See `RecordFiles` for `folder`. `config` is the whole config."""
+        self._config, self._seed = step, config.seed
+        self._source_names = [source.display_name for source in config.sources]
+        self._records = RecordFiles(folder, DRAW_RECORD, max_rows, config.memory_mb)
         self._num_items = 0
-        self._has_field = config.by == "source"
+        self._has_field = step.by == "source"
         self._fields = ""  # of the first row, for errors
         self._sizes = Counter[int]()  # of the groups
 
@@ -49,7 +50,7 @@ class BalanceStep:
 
     def _hash_group(self, curated: CuratedRow) -> int:
         field = self._config.by
-        value = curated.source if field == "source" else curated.fields.get(field)
+        value = self._source_names[curated.source] if field == "source" else curated.fields.get(field)
         self._has_field |= value is not None
         self._fields = self._fields or list_fields(curated.fields)
         group = hash_group(value)

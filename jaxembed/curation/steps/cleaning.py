@@ -110,6 +110,8 @@ class TextCollector(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Process a start tag."""
+        if tag == "body":
+            self._skipped.clear()  # </head> is optional
         if tag in self.skipped_tags:
             self._skipped.append(tag)
         self._add_tag(tag, self.get_starttag_text() or "")
@@ -124,6 +126,13 @@ class TextCollector(HTMLParser):
             while self._skipped.pop() != tag:
                 pass
         self._add_tag(tag, f"</{tag}>")
+
+    def parse_marked_section(self, i: int, report: int = 1) -> int:
+        """Return the end of a marked section, such as CDATA. A malformed one is a comment, as in a browser."""
+        try:
+            return super().parse_marked_section(i, report)
+        except AssertionError:
+            return self.parse_bogus_comment(i)
 
     def handle_data(self, data: str) -> None:
         """Process text between tags."""

@@ -56,8 +56,11 @@ class CurriculumStep:
 
 def find_difficulty(row: Row, field: str) -> float:
     """Return the difficulty of a row, from a field or its scores; NaN if it has none."""
+    value = row.get(field)
     if field == "scores":
         positives, negatives = row.get("pos_scores"), row.get("neg_scores")
-        return float(max(negatives) - min(positives)) if positives and negatives else math.nan
-    value = row.get(field)
-    return float(value) if isinstance(value, int | float) else math.nan
+        value = max(negatives) - min(positives) if positives and negatives else None
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

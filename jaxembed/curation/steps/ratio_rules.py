@@ -54,15 +54,16 @@ def find_gopher_problem(text: str) -> str | None:
         return "gopher: lines that end in an ellipsis"
     if sum(any(map(str.isalpha, word)) for word in tokens) / len(words) < GOPHER_MIN_ALPHABETIC_WORDS:
         return "gopher: words without letters"
-    has_stop_words = sum(word in GOPHER_STOP_WORDS for word in words) >= GOPHER_MIN_STOP_WORDS
+    has_stop_words = len(GOPHER_STOP_WORDS.intersection(words)) >= GOPHER_MIN_STOP_WORDS
     return None if has_stop_words else "gopher: stop words"
 
 
 def find_repetition_problem(text: str) -> str | None:
     """Return why a text fails Gopher's repetition rules, or None."""
-    for kind, parts in (("paragraphs", re.split(r"\n{2,}", text.strip())), ("lines", text.splitlines())):
+    for kind, breaks in (("paragraphs", r"\n{2,}"), ("lines", r"\n+")):
+        parts = re.split(breaks, text.strip())
         count, chars = count_repeated(parts)
-        if count / max(len(parts), 1) > GOPHER_MAX_REPEATED_PARTS or chars / len(text) > GOPHER_MAX_REPEATED_CHARS:
+        if count / len(parts) > GOPHER_MAX_REPEATED_PARTS or chars / len(text) > GOPHER_MAX_REPEATED_CHARS:
             return f"gopher_repetition: {kind}"
     words = WORD_OR_SIGN.findall(text)
     for n, max_share in GOPHER_MAX_TOP_NGRAM.items():
@@ -103,12 +104,12 @@ def _is_c4_line(line: str) -> bool:
 
 def find_fineweb_problem(text: str) -> str | None:
     """Return why a text fails FineWeb's rules, or None."""
-    lines = text.split("\n")
+    lines = [line for line in text.split("\n") if line.strip()] or [text]
     if sum(line.endswith(C4_SENTENCE_ENDS) for line in lines) / len(lines) <= FINEWEB_MIN_SENTENCE_LINES:
         return "fineweb: lines that end like sentences"
     if sum(len(line) <= FINEWEB_SHORT_LINE_CHARS for line in lines) / len(lines) >= FINEWEB_MAX_SHORT_LINES:
         return "fineweb: short lines"
-    _, chars = count_repeated([line for line in lines if line.strip()])
+    _, chars = count_repeated(lines)
     if chars / max(len(text.replace("\n", "")), 1) >= FINEWEB_MAX_REPEATED_CHARS:
         return "fineweb: repeated lines"
     has_many_breaks = text.count("\n") / max(len(WORD_OR_SIGN.findall(text)), 1) > FINEWEB_MAX_BREAKS_PER_WORD
