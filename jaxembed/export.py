@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxembed import cli
 from jaxembed.errors import UserError
-from jaxembed.files import atomic_write, exists
+from jaxembed.files import atomic_write, exists, expand_home
 from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.search.precision import RANGES_FILE
 from jaxembed.training.shutdown import stop_on_signals
@@ -78,9 +78,9 @@ def write_folder(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         if args.adapters:
             check_adapter_options(args)
             cli.set_up_jax()
-            return {"folder": str(out), **export_adapters(Path(args.model), out, args.checkpoint).summarize()}
+            return {"folder": str(out), **export_adapters(expand_home(args.model), out, args.checkpoint).summarize()}
         embedder = cli.load_model(args.model, **cli.get_model_options(args))
-        card = read_card(Path(args.model), embedder.revision, args.adapter)
+        card = read_card(expand_home(args.model), embedder.revision, args.adapter)
         is_nv_embed = args.layout == "nv-embed"
         report = export_nv_embed(embedder, out, args.dtype) if is_nv_embed else export(embedder, out, args.dtype, card, onnx)
         copy_ranges(args, out)
@@ -89,7 +89,7 @@ def write_folder(args: argparse.Namespace, out: Path) -> dict[str, Any]:
 
 def copy_ranges(args: argparse.Namespace, out: Path) -> None:
     """Copy the int8 ranges of the model into its export. Ranges of the whole model do not fit its first layers."""
-    ranges = Path(args.model) / RANGES_FILE
+    ranges = expand_home(args.model) / RANGES_FILE
     if not exists(ranges):
         return
     if args.layers is None:
@@ -117,7 +117,7 @@ def check_adapter_options(args: argparse.Namespace) -> None:
     if changes_model or args.adapter is not None or args.fsdp != 1:
         options = "--layers, --dtype, --layout, --adapter and --fsdp"
         raise UserError(f"--adapters: writes all adapters of a run unchanged. Omit {options}.")
-    if not (Path(args.model) / BASE_RECORD_FILE).is_file():
+    if not (expand_home(args.model) / BASE_RECORD_FILE).is_file():
         raise UserError(f"{args.model}: not a run directory (--adapters expects a run that was trained with model.lora).")
 
 

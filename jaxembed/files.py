@@ -45,6 +45,14 @@ def cache_dir() -> Path:
         raise UserError(f"{fallback}: cannot be created ({error.strerror}). Set JAXEMBED_CACHE to a folder.") from None
 
 
+def expand_home(name: str | Path) -> Path:
+    """Return a path with the home folder in place of a leading ~."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # the home folder of an unknown user
+        return Path(name)
+
+
 def make_private_folder(path: Path) -> Path:
     """Create a folder that only its owner can read and write, whatever the umask, and return its path.
 

@@ -17,7 +17,7 @@ from jaxembed.data.sources import open_sources
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
 from jaxembed.evaluation.tasks import EvaluationTask
-from jaxembed.files import cache_dir, exists, write_json
+from jaxembed.files import cache_dir, exists, expand_home, write_json
 from jaxembed.formats.run_files import BASE_RECORD_FILE
 
 log = logging.getLogger("jaxembed")
@@ -35,7 +35,7 @@ def read_training_config(name: str) -> Config:
     Raises:
         UserError: It is neither.
     """
-    path = Path(name)
+    path = expand_home(name)
     if exists(path / BASE_RECORD_FILE):
         return read_run_config(path / "config.yaml")
     if path.is_dir():

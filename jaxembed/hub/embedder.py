@@ -24,9 +24,9 @@ from jaxembed.devices.mesh import count_shards, make_mesh
 from jaxembed.devices.placement import make_batch_sharding, put_global, to_host, unstack_views
 from jaxembed.devices.processes import progress_bar
 from jaxembed.errors import UserError
+from jaxembed.files import expand_home
 from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.hub.base import Base, FolderBase
-from jaxembed.hub.folders import expand_home
 from jaxembed.hub.layer_cuts import SizedModel, select_layers
 from jaxembed.hub.resolve import find_base_with_weights, find_run
 from jaxembed.hub.restore import RestoredRun

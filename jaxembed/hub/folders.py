@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from jaxembed.errors import UserError, summarize
-from jaxembed.files import exists
+from jaxembed.files import exists, expand_home
 from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, is_peft_folder
 from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.model.presets import find_preset
@@ -44,14 +44,6 @@ def find_folder(name: str) -> Path:
         f"{name}: neither a folder with a config.json or an {ADAPTER_CONFIG_FILE}, nor a run directory, nor a hub id such as "
         "Qwen/Qwen2-0.5B. Check the name."
     )
-
-
-def expand_home(name: str | Path) -> Path:
-    """Return a path with the home folder in place of a leading ~."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # the home folder of an unknown user
-        return Path(name)
 
 
 def is_hub_id(name: str) -> bool:

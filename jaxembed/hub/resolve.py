@@ -10,7 +10,7 @@ from jaxembed.config import LoraConfig, read_run_config
 from jaxembed.config.fields import Fields
 from jaxembed.config.sections import parse_section
 from jaxembed.errors import UserError
-from jaxembed.files import exists, read_json
+from jaxembed.files import exists, expand_home, read_json
 from jaxembed.formats.checkpoints import CheckpointReader, pick_step
 from jaxembed.formats.hf_config import parse_hf_config
 from jaxembed.formats.nv_embed import read_transformer_config
@@ -18,7 +18,7 @@ from jaxembed.formats.peft_config import ADAPTER_CONFIG_FILE, is_peft_folder, re
 from jaxembed.formats.published import find_first_stage_adapters
 from jaxembed.formats.run_files import BASE_RECORD_FILE, name_merged_adapters, read_run_file
 from jaxembed.hub.base import Base, BaseWithWeights, FolderBase, PresetBase
-from jaxembed.hub.folders import PRESET_PREFIX, expand_home, find_folder
+from jaxembed.hub.folders import PRESET_PREFIX, find_folder
 from jaxembed.hub.restore import RunBase
 from jaxembed.hub.spec_files import make_preset_spec, read_adapter_spec, read_folder_spec
 from jaxembed.model.presets import find_preset

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxembed.config import Config
 from jaxembed.errors import UserError
-from jaxembed.files import atomic_write, exists
+from jaxembed.files import atomic_write, exists, expand_home
 from jaxembed.hub.base import Base
 from jaxembed.search.precision import RANGES_FILE, read_ranges
 from jaxembed.training.stage import Stage
@@ -31,7 +31,7 @@ def open_ranges(config: Config, base: Base, width: int) -> np.ndarray | None:
     trains_int8 = any("int8" in stage.quantization.precisions for stage in config.stages)
     if not trains_int8 and all(set_config.precision != "int8" for set_config in config.eval.sets):
         return None
-    run_path, base_path = Path(config.run.dir) / RANGES_FILE, Path(base.name) / RANGES_FILE
+    run_path, base_path = Path(config.run.dir) / RANGES_FILE, expand_home(base.name) / RANGES_FILE
     if exists(run_path):
         return read_ranges(run_path, width)
     configured_paths = list(dict.fromkeys(stage.quantization.ranges for stage in config.stages if stage.quantization.ranges))

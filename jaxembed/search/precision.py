@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from jaxembed.errors import UserError, summarize
-from jaxembed.files import exists
+from jaxembed.files import exists, expand_home
 
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -92,7 +92,7 @@ def find_ranges(precisions: Iterable[Precision], model: str, option: str | None)
         if option:
             raise UserError(f"--ranges: is for --precision int8 and uint8 (found {', '.join(names)}). Remove it.")
         return None
-    default_path = Path(model) / RANGES_FILE
+    default_path = expand_home(model) / RANGES_FILE
     if not option and not exists(default_path):
         precision = next(filter(needs_ranges, names))
         raise UserError(

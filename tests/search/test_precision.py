@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,11 +12,21 @@ import numpy as np
 import pytest
 
 from helpers.text_batches import draw_unit_vectors, make_batch
+from jaxembed import export
 from jaxembed.config import EmbeddingMatchingConfig, InfoNCEConfig, MatryoshkaConfig, QuantizationConfig
 from jaxembed.errors import UserError
+from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.losses.objectives import Objectives
 from jaxembed.losses.quantized import quantize_straight_through
-from jaxembed.search.precision import compute_steps, merge_ranges, quantize_vectors, simulate_quantization
+from jaxembed.runs.ranges import open_ranges
+from jaxembed.search.precision import (
+    RANGES_FILE,
+    compute_steps,
+    find_ranges,
+    merge_ranges,
+    quantize_vectors,
+    simulate_quantization,
+)
 from jaxembed.search.quantized import search_quantized
 
 VECTORS = draw_unit_vectors(np.random.default_rng(0), 12, 24).astype(np.float32)
@@ -128,3 +140,21 @@ def test_search_over_quantized_vectors_refuses_other_layouts() -> None:
         search_quantized(VECTORS, bits, 3, "int8", RANGES)
     with pytest.raises(UserError, match=r"^search_quantized: int8 needs ranges \(found none\)"):
         search_quantized(VECTORS, quantize_vectors(VECTORS, "int8", RANGES), 3, "int8")
+
+
+def test_ranges_of_a_model_below_the_home_folder_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path, out = tmp_path / "model" / RANGES_FILE, tmp_path / "out"
+    for folder in (path.parent, out):
+        folder.mkdir()
+    np.save(path, np.array([[-1, -1], [1, 1]], np.float32))
+    assert find_ranges(["int8"], "~/model", None) == path
+    stage = SimpleNamespace(quantization=SimpleNamespace(precisions=["int8"], ranges=None))
+    config: Any = SimpleNamespace(stages=[stage], run=SimpleNamespace(dir=str(out)))
+    base: Any = SimpleNamespace(name="~/model")
+    np.testing.assert_array_equal(open_ranges(config, base, width=2), np.load(path))
+    args = export.make_parser().parse_args(["~/model", str(out)])
+    export.copy_ranges(args, out)
+    assert (out / RANGES_FILE).read_bytes() == path.read_bytes()
+    (path.parent / BASE_RECORD_FILE).write_text("{}")
+    export.check_adapter_options(args)
