@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     width = embedder.encode([], **options).shape[1]  # checks the options before anything is written
     ranges = read_ranges(ranges_path, width) if ranges_path else None
     groups = (embedder.encode(texts, **options) for texts in group_texts(read_texts(source, args.field)))
+    groups = iter_checked(groups, source, count)
     if documents is not None:
         return write_nearest(out, args, groups, documents, width, ranges)
     quantizer = Quantizer(args.precision, ranges)
@@ -58,17 +59,32 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     check_disk_space(out, dtype.itemsize * (count or 0) * columns)
     with atomic_write(out) as partial:
         num_written = write_vectors(partial, out, map(quantizer, groups), columns, count, dtype)
-        if not num_written:
-            raise UserError(f"{source}: has no texts")
-        if count not in (None, num_written):
-            raise UserError(
-                f"{source}: changed while it was read ({count:,} texts, then {num_written:,}). Run the command again."
-            )
         if ranges_out and quantizer.measured_ranges is not None:
             with atomic_write(ranges_out) as partial_ranges, partial_ranges.open("wb") as file:
                 np.save(file, quantizer.measured_ranges)
     precision = {} if args.precision == "float32" else {"precision": args.precision}
     return {"out": str(out), "vectors": num_written, "width": width, **precision}
+
+
+def iter_checked(groups: Iterable[np.ndarray], source: str, count: int | None) -> Iterator[np.ndarray]:
+    """Yield vectors group by group, and check their number at the end.
+
+    Args:
+        groups: The groups.
+        source: The input.
+        count: Number of its texts before they were encoded. None: unknown, because it is a pipe.
+
+    Raises:
+        UserError: There was no text, or the file changed meanwhile.
+    """
+    num_encoded = 0
+    for group in groups:
+        num_encoded += len(group)
+        yield group
+    if not num_encoded:
+        raise UserError(f"{source}: has no texts")
+    if count is not None and count != num_encoded:
+        raise UserError(f"{source}: changed while it was read ({count:,} texts, then {num_encoded:,}). Run the command again.")
 
 
 def log_plain_prompt(model: str, spec: EmbeddingSpec) -> None:
@@ -120,7 +136,7 @@ def write_nearest(
     from jaxembed.search.quantized import check_layout, search_quantized
 
     check_layout(documents, args.precision, width, f"--search {args.search}: its vectors are")
-    queries = np.concatenate([np.zeros((0, width), np.float32), *groups])
+    queries = np.concatenate(list(groups))
     neighbors = search_quantized(queries, documents, args.top or DEFAULT_TOP, args.precision, ranges)
     rows = (
         {"rows": rows, "scores": scores}
@@ -134,7 +150,8 @@ def write_nearest(
 def make_parser() -> cli.Parser:
     """Return the parser of the command line."""
     about = (
-        "OUT.npy has one vector of unit length per line or row, in input order. Memory does not grow with the file.\n"
+        "OUT.npy has one vector of unit length per line or row, in input order. Memory does not grow with the file,\n"
+        "except with --search, which keeps the vectors of all texts.\n"
         f"Texts are truncated to {MAX_TEXT_CHARS:,} characters before they are tokenized. Blank lines at the end are skipped."
     )
     parser = cli.new_parser("encode", f"{__doc__}\n{about}")

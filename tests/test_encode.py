@@ -82,6 +82,11 @@ def test_an_input_that_shrinks_leaves_no_output(
     with pytest.raises(UserError, match=r"a.txt: changed while it was read \(10 texts, then 4\)"):
         run(source, tmp_path / "out.npy")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt"]
+    np.save(tmp_path / "documents.npy", np.eye(2, dtype=np.float32))
+    source.write_text("\n".join(TEXTS))
+    with pytest.raises(UserError, match=r"a.txt: changed while it was read \(10 texts, then 4\)"):
+        run(source, tmp_path / "out.jsonl", "--search", str(tmp_path / "documents.npy"))
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["a.txt", "pipe"])
