@@ -7,6 +7,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from helpers.commands import run_command
 from helpers.embedding_server import MODEL, PROGRAMS, FakeServer, run_server
 from jaxembed import verify
 from jaxembed.errors import UserError
-from jaxembed.verification import http_client
+from jaxembed.verification import comparison, http_client
+from jaxembed.verification.comparison import Verification
 
 WIDTH = 8
 QUERY_PROMPT = "query: "
@@ -213,6 +215,23 @@ def test_long_texts_that_are_refused_are_a_difference(folder: Path, capsys: pyte
         "long texts: the server refuses 1 of 3 texts, which the folder truncates (status 500: input is too large to process). "
         "Truncate in the client, or let the server do it."
     ]
+    assert Verification([1.0, None], 0.9999, []).are_vectors_equal  # nothing to diagnose
+    assert not Verification([None], 0.9999, []).are_vectors_equal
+
+
+def test_findings_have_the_tolerance_of_half_precision(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = SimpleNamespace(pools=["mean"], select_short=list)
+    for name, value in (("load_embedder", None), ("VariantEncoder", encoder), ("_check_probe_file", None)):
+        monkeypatch.setattr(comparison, name, lambda *_, value=value: value)
+    monkeypatch.setattr(comparison, "measure_half_precision", lambda *_: 0.99)
+    server: Any = SimpleNamespace(dim=None, info=SimpleNamespace(dtype="bfloat16"))
+    opened, vectors, noise = comparison.open_folder(folder), encode(INPUTS), np.eye(len(INPUTS), WIDTH) / 40
+    served = comparison.ServedVectors(vectors + noise, vectors - noise, {})
+    first = comparison.compare_with_probes(opened, server, served)
+    assert not first.are_vectors_equal and "several texts in one request" in first.findings[-1]
+    result = comparison.diagnose_server(opened, server, served, first, None, is_tolerance_set=False)
+    assert result.min_cosine == 0.99 and result.are_vectors_equal
+    assert not any("several texts in one request" in finding for finding in result.findings)
 
 
 def test_server_whose_vectors_depend_on_other_texts(folder: Path) -> None:

@@ -72,7 +72,8 @@ class Verification:
     def are_vectors_equal(self) -> bool:
         """Whether every vector that the server returned equals the folder's."""
         is_explained = self.diagnosis is not None and any(not match.changes for match in self.diagnosis.matches)
-        return is_explained or all(cosine is not None and cosine >= self.min_cosine for cosine in self.cosines)
+        returned = [cosine for cosine in self.cosines if cosine is not None]
+        return is_explained or (bool(returned) and min(returned) >= self.min_cosine)
 
     @property
     def is_equal(self) -> bool:
@@ -247,7 +248,7 @@ def diagnose_server(
         dtype = dtype or server.info.dtype or folder.dtype
         if dtype in HALF_DTYPES and not is_tolerance_set:
             bound = min(MIN_COSINE, measure_half_precision(encoder, dtype, short_indices))
-            result = dataclasses.replace(result, min_cosine=bound)
+            result = compare_with_probes(folder, server, served, bound)
             if result.are_vectors_equal:
                 return result
         vectors = to_unit_vectors(served.vectors)
