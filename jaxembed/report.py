@@ -42,11 +42,19 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     mesh = None if args.no_model else make_fsdp_mesh(args.fsdp)
     sections = make_sections(models, mesh, args.baseline, args.checkpoint)
     names = [model.name for model in models]
-    command = shorten_command(shlex.join(["python", "-m", "jaxembed.report", *args.inputs, args.out]))
-    size = write_page(out, f"Report: {', '.join(names)}", sections, command)
+    size = write_page(out, f"Report: {', '.join(names)}", sections, format_command(args))
     log.info("wrote %s (%.1f MB): open it in a browser", out, size / 1e6)
     section_ids = [section.id for section in sections if not section.is_empty]
     return {"report": str(out), "bytes": size, "models": names, "sections": section_ids}
+
+
+def format_command(args: argparse.Namespace) -> str:
+    """Return the command with its options, for the page, with absolute paths shortened."""
+    options = ["--no-model"] if args.no_model else []
+    for name, default in (("checkpoint", "best"), ("fsdp", 1), ("baseline", None)):
+        if (value := getattr(args, name)) != default:
+            options += [f"--{name}", str(value)]
+    return shorten_command(shlex.join(["python", "-m", "jaxembed.report", *args.inputs, args.out, *options]))
 
 
 def check_packages() -> None:

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import numpy as np
 
 from jaxembed.config import EvalSetConfig
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.beir import EVALUATION_SPLITS, open_beir
 from jaxembed.data.containers import name_split, open_container
 from jaxembed.data.labels import find_unlabeled
@@ -56,6 +57,10 @@ class TextInput:
     def side(self) -> str:
         """The side of the texts, `document` or `query`. Some models have one prompt for each."""
         return "document" if self.role == "documents" else "query"
+
+    def build_prompt(self, spec: EmbeddingSpec) -> str:
+        """Return the complete prompt of the texts: that of their instruction, or of their side."""
+        return spec.build_prompt(self.instruction, side=self.side)
 
 
 @dataclasses.dataclass(frozen=True)

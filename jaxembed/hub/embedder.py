@@ -240,14 +240,13 @@ class Embedder:
         """
         return np.asarray(a @ b.T)
 
-    def latent_weights(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
-        """Return the attention weights of latent attention, averaged over the tokens of each text.
-
-        This is the analysis of NV-Embed (Lee et al. 2024, appendix C).
+    def latent_weights(self, texts: Sequence[str], instruction: str | None = None, *, prompt: str | None = None) -> np.ndarray:
+        """Return the attention weights of latent attention, averaged over the tokens of each text (NV-Embed, appendix C).
 
         Args:
             texts: N texts.
             instruction: Describes the task, as in `encode`.
+            prompt: The complete prompt, instead of an instruction.
 
         Returns:
             Weights, float32 [N, heads, latents]. They sum to 1 over the latents.
@@ -264,7 +263,7 @@ class Embedder:
 
         program = jax.jit(apply, compiler_options=get_compiler_options())
         check_texts(texts)
-        prompt = self._choose_prompt(instruction, None, None)
+        prompt = self._choose_prompt(instruction, prompt, None)
         starts = range(0, len(texts), TEXTS_PER_WINDOW)
         windows = [list(texts[start : start + TEXTS_PER_WINDOW]) for start in starts]
         weights = [self.apply_to_texts(window, [prompt] * len(window), program) for window in windows]

@@ -41,13 +41,13 @@ class EncodedTexts:
         name: Name of the set, and of the role or label.
         texts: The texts.
         vectors: Their unit vectors, [N, D].
-        instruction: The instruction they were encoded with.
+        prompt: The complete prompt that they were encoded with.
     """
 
     name: str
     texts: Sequence[str]
     vectors: np.ndarray
-    instruction: str
+    prompt: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +94,9 @@ def _view_retrieval(held_out: RetrievalSet, embedder: Embedder) -> SetView:
     document_rows = sorted({*relevant_rows, *sample(others, max(MAX_DOCUMENTS - len(relevant_rows), 0), rng)})
     columns = {row: column for column, row in enumerate(document_rows)}
     queries, documents = [held_out.queries[i] for i in query_rows], [held_out.corpus[row] for row in document_rows]
-    query_vectors = embedder.encode(queries, config.instruction)
-    document_vectors = embedder.encode(documents, config.document_instruction)
+    query_prompt, document_prompt = (part.build_prompt(embedder.spec) for part in held_out.inputs)
+    query_vectors = embedder.encode(queries, prompt=query_prompt)
+    document_vectors = embedder.encode(documents, prompt=document_prompt)
     # The ranking of the documents for each query.
     scores = query_vectors @ document_vectors.T
     is_relevant = np.zeros(scores.shape, bool)
@@ -110,8 +111,8 @@ def _view_retrieval(held_out: RetrievalSet, embedder: Embedder) -> SetView:
         name=config.name,
         note=f"{len(queries):,} of {len(held_out.queries):,} queries, {len(documents):,} of {len(held_out.corpus):,} documents",
         text_groups=[
-            EncodedTexts(f"{config.name}: queries", queries, query_vectors, config.instruction),
-            EncodedTexts(f"{config.name}: documents", documents, document_vectors, config.document_instruction),
+            EncodedTexts(f"{config.name}: queries", queries, query_vectors, query_prompt),
+            EncodedTexts(f"{config.name}: documents", documents, document_vectors, document_prompt),
         ],
         similarities=compare_pairs(scores, is_relevant, order, rng),
         queries=query_views,
@@ -166,7 +167,8 @@ def _view_similarity(held_out: SimilaritySet, embedder: Embedder) -> SetView:
     rng, config = np.random.default_rng(SAMPLE_SEED), held_out.config
     rows = sample(range(len(held_out.first)), MAX_DOCUMENTS // 2, rng)
     first, second = ([side[i] for i in rows] for side in (held_out.first, held_out.second))
-    first_vectors, second_vectors = (embedder.encode(texts, config.instruction) for texts in (first, second))
+    prompt = held_out.inputs[0].build_prompt(embedder.spec)
+    first_vectors, second_vectors = (embedder.encode(texts, prompt=prompt) for texts in (first, second))
     cosines, grades = np.sum(first_vectors * second_vectors, axis=1), held_out.scores[rows]
     middle = (grades.min() + grades.max()) / 2
     kinds = {
@@ -177,9 +179,7 @@ def _view_similarity(held_out: SimilaritySet, embedder: Embedder) -> SetView:
     return SetView(
         name=config.name,
         note=f"{len(rows):,} of {len(held_out.first):,} pairs",
-        text_groups=[
-            EncodedTexts(config.name, [*first, *second], np.concatenate([first_vectors, second_vectors]), config.instruction)
-        ],
+        text_groups=[EncodedTexts(config.name, [*first, *second], np.concatenate([first_vectors, second_vectors]), prompt)],
         similarities={kind: values for kind, values in kinds.items() if len(values)},
     )
 
@@ -189,7 +189,8 @@ def _view_labels(held_out: ClassificationSet | ClusteringSet, embedder: Embedder
     rng, config = np.random.default_rng(SAMPLE_SEED), held_out.config
     rows = sample(range(len(held_out.texts)), MAX_MAP_TEXTS, rng)
     texts, labels = [held_out.texts[i] for i in rows], held_out.labels[rows]
-    vectors = embedder.encode(texts, config.instruction)
+    prompt = held_out.inputs[0].build_prompt(embedder.spec)
+    vectors = embedder.encode(texts, prompt=prompt)
     # One group of texts for each of the most frequent labels, and one for the others.
     names, counts = np.unique(labels, return_counts=True)
     shown_labels = names[np.argsort(-counts, kind="stable")[:MAX_LABELS]]
@@ -204,7 +205,7 @@ def _view_labels(held_out: ClassificationSet | ClusteringSet, embedder: Embedder
         name=config.name,
         note=f"{len(rows):,} of {len(held_out.texts):,} texts",
         text_groups=[
-            EncodedTexts(name, [texts[i] for i in members], vectors[members], config.instruction)
+            EncodedTexts(name, [texts[i] for i in members], vectors[members], prompt)
             for name, members in groups.items()
             if len(members)
         ],
@@ -274,7 +275,7 @@ def compute_latent_attention(text_groups: Sequence[EncodedTexts], embedder: Embe
         whose weight differs most between the texts.
     """
     samples = [(group, list(group.texts[:LATENT_TEXTS])) for group in text_groups[:2]]
-    weights = np.concatenate([embedder.latent_weights(texts, group.instruction) for group, texts in samples])
+    weights = np.concatenate([embedder.latent_weights(texts, prompt=group.prompt) for group, texts in samples])
     heads, latents = weights.shape[1:]
     columns = weights.reshape(len(weights), -1)
     shown_columns = np.sort(np.argsort(-columns.std(axis=0), kind="stable")[:MAX_LATENT_COLUMNS])

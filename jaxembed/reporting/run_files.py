@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from jaxembed.config import Config, read_run_config
 from jaxembed.config.local_paths import shorten_path, shorten_paths_in_yaml
 from jaxembed.errors import UserError
 from jaxembed.evaluation.tasks import SCORES_FILE
-from jaxembed.files import exists, read_json, read_json_value, read_text
+from jaxembed.files import exists, expand_home, read_json, read_json_value, read_text
 from jaxembed.formats.run_files import BASE_RECORD_FILE, DATA_REPORT_FILE, STARTS_FILE, read_run_file
+from jaxembed.hub.folders import is_hub_id
 from jaxembed.reporting.score_files import ScoreFile, merge_score_files, read_score_file
 from jaxembed.training.metrics import read_metrics
+
+log = logging.getLogger("jaxembed")
 
 LoggedRow = Mapping[str, Any]
 HASH_FILES = ("data_hashes", "eval_hashes", "guide", "teacher")
@@ -140,5 +144,20 @@ def _read_starts(path: Path) -> list[dict[str, Any]]:
 
 def _find_benchmark(folder: Path) -> ScoreFile | None:
     """Return the scores in the run directory or one of its folders. Later files replace tasks of earlier ones."""
-    files = [read_score_file(path) for path in (*sorted(folder.glob(f"*/{SCORES_FILE}")), folder / SCORES_FILE) if exists(path)]
+    files = []
+    for path in (*sorted(folder.glob(f"*/{SCORES_FILE}")), folder / SCORES_FILE):
+        if exists(path):
+            scores = read_score_file(path)
+            if _is_other_model(scores.model, folder):
+                log.info("%s: left out, because it has the scores of another model (%s)", path, scores.model)
+            else:
+                files.append(scores)
     return merge_score_files(files) if files else None
+
+
+def _is_other_model(model: str, run_dir: Path) -> bool:
+    """Return whether a model is not that of a run: a path outside of it, or a hub id. A path may be missing in a moved run."""
+    path = expand_home(model)
+    if exists(path):
+        return bool(model) and not path.resolve().is_relative_to(run_dir.resolve())
+    return is_hub_id(model)

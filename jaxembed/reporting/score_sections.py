@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxembed.config.local_paths import shorten_path
 from jaxembed.errors import UserError
 from jaxembed.evaluation.score_table import get_type_position
 from jaxembed.reporting.blocks import (
@@ -117,7 +118,7 @@ def _format_memory(size: ModelSize) -> str:
 
 
 def _format_change(score: float | None, reference: float | None) -> str:
-    return NO_VALUE if score is None or not reference else f"{100 * (score / reference - 1):+.1f} %"
+    return NO_VALUE if score is None or not reference else f"{100 * (score - reference) / abs(reference):+.1f} %"
 
 
 def _intersect(lists: Sequence[Sequence[str]]) -> list[str]:
@@ -270,8 +271,14 @@ def _make_comparison_table(model: ReportedModel) -> Table:
     if mean := comparison.get("mean"):
         groups = frozenset({len(rows)})
         rows.append(["mean", NO_VALUE, NO_VALUE, *_format_difference(mean)])
-    columns = ["task", model.name, str(comparison.get("model")), "difference", "95 % interval", "p", "verdict"]
-    return Table(columns, rows, caption=str(comparison.get("conclusion") or ""), groups=groups)
+    columns = ["task", model.name, shorten_path(str(comparison.get("model"))), "difference", "95 % interval", "p", "verdict"]
+    return Table(columns, rows, caption=_shorten_conclusion(comparison), groups=groups)
+
+
+def _shorten_conclusion(comparison: Mapping[str, Any]) -> str:
+    """Return the conclusion of a comparison, with absolute paths shortened."""
+    conclusion, other = str(comparison.get("conclusion") or ""), str(comparison.get("model"))
+    return " ".join(map(shorten_path, conclusion.replace(other, shorten_path(other)).split(" ")))
 
 
 def _format_difference(comparison: Mapping[str, Any]) -> list[str]:

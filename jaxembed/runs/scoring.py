@@ -11,7 +11,7 @@ import numpy as np
 from jaxembed.config import Config
 from jaxembed.errors import UserError
 from jaxembed.evaluation.bootstrap import compute_standard_error
-from jaxembed.evaluation.heldout import HeldOutSet, RetrievalSet, SetScores, TextInput, select_training_scores
+from jaxembed.evaluation.heldout import HeldOutSet, RetrievalSet, SetScores, select_training_scores
 from jaxembed.hub.embedder import Embedder
 from jaxembed.model.lora import pick_adapter
 from jaxembed.runs.open import OpenedRun
@@ -33,12 +33,6 @@ def use_adapter(encoder: Embedder, params: Any, adapter: str) -> Embedder:
     return encoder.with_params(pick_adapter(params, names.index(adapter) if names else None))
 
 
-def encode_input(encoder: Embedder, text_input: TextInput) -> np.ndarray:
-    """Encode texts of a held-out set with the prompt of their instruction, or of their side."""
-    prompt = encoder.spec.build_prompt(text_input.instruction, side=text_input.side)
-    return encoder.encode(text_input.texts, prompt=prompt)
-
-
 ScoreSets = Callable[[Any], Mapping[str, SetScores]]  # all parameters -> scores by name of the set
 
 
@@ -57,8 +51,8 @@ def make_set_scorer(encoder: Embedder, held_out: Sequence[HeldOutSet], ranges: n
             adapted = use_adapter(encoder, params, held_out_set.config.adapter)
             precision = held_out_set.config.precision
             vectors = [
-                simulate_quantization(encode_input(adapted, text_input), precision, ranges)
-                for text_input in held_out_set.inputs
+                simulate_quantization(adapted.encode(part.texts, prompt=part.build_prompt(adapted.spec)), precision, ranges)
+                for part in held_out_set.inputs
             ]
             scores[held_out_set.config.name] = held_out_set.score(vectors)
         return scores

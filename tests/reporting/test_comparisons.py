@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from jaxembed.config import EvalSetConfig
+from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
+from jaxembed.evaluation.heldout import ClusteringSet, RetrievalSet, SimilaritySet
 from jaxembed.evaluation.score_table import build_tables
 from jaxembed.evaluation.tasks import GroupMember
 from jaxembed.files import write_json
+from jaxembed.report import format_command, make_parser
+from jaxembed.reporting.held_out_views import view_set
 from jaxembed.reporting.inputs import ReportedModel
 from jaxembed.reporting.run_files import read_run_files
-from jaxembed.reporting.score_files import read_score_file
-from jaxembed.reporting.score_sections import make_benchmark_section
+from jaxembed.reporting.score_files import ScoreFile, TaskScore, read_score_file
+from jaxembed.reporting.score_sections import make_benchmark_section, make_summary_section
+from jaxembed.reporting.training_sections import make_training_section
 from jaxembed.reporting.training_views import open_training_sources
 
 
@@ -58,3 +67,46 @@ def test_benchmarks_are_shown_next_to_published_rows(tmp_path: Path) -> None:
     write_json(tmp_path / "one" / "tables.json", [{"title": 3}])
     with pytest.raises(UserError, match=r"tables.json: not the tables that evaluate --out writes"):
         read_score_file(tmp_path / "one" / "scores.json")
+
+
+def test_a_gain_over_a_negative_score_is_positive() -> None:
+    scores = {"one": -0.2, "two": -0.1}
+    models = [ReportedModel(name, name, None, ScoreFile("", {"A": TaskScore(score)})) for name, score in scores.items()]
+    [table] = make_summary_section(models, dict.fromkeys(scores), None).tables
+    assert [row[-1] for row in table.rows] == ["–", "+50.0 %"]
+
+
+def test_the_number_of_a_repeated_objective_is_no_width() -> None:
+    objective = SimpleNamespace(name="infonce")
+    for dims, note in (((), ""), ((16,), "A part with a width is the loss of vectors truncated to that width (Matryoshka).")):
+        stage = SimpleNamespace(objectives=[objective, objective], matryoshka=SimpleNamespace(dims=dims))
+        row = {"step": 1, "loss": 2.0, "infonce": 1.0, "infonce_2": 1.0, **{f"infonce_{dim}": 1.0 for dim in dims}}
+        run: Any = SimpleNamespace(name="run", config=SimpleNamespace(stages=[stage]), losses=[row])
+        assert make_training_section([run]).charts[0].note == note
+
+
+def test_the_command_on_the_page_has_all_options() -> None:
+    for options in ([], ["--no-model", "--checkpoint", "last", "--fsdp", "2", "--baseline", "own"]):
+        args = make_parser().parse_args(["run", "/home/me/out.html", *options])
+        assert format_command(args) == shlex.join(["python", "-m", "jaxembed.report", "run", "out.html", *options])
+
+
+def test_texts_of_held_out_sets_have_the_prompts_of_training_evaluation() -> None:
+    spec = EmbeddingSpec(prompts={"query": "query: ", "document": "passage: "}, fixed_prompts=True)
+    prompts: list[str] = []
+
+    def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
+        prompts.append(prompt)
+        return np.eye(4, dtype=np.float32)[: len(texts)]
+
+    embedder: Any = SimpleNamespace(spec=spec, encode=encode)
+    texts, labels = ["a", "b"], np.array([0, 1])
+    config = EvalSetConfig(name="own", path="own.jsonl", instruction="find")
+    for held_out in (
+        RetrievalSet(config, texts, texts, [{0: 1.0}, {1: 1.0}]),
+        SimilaritySet(config, texts, texts, np.array([0.0, 1.0])),
+        ClusteringSet(config, texts, labels),
+    ):
+        view = view_set(held_out, embedder)
+        assert view is not None and view.text_groups[0].prompt == "query: "
+    assert prompts == ["query: ", "passage: ", "query: ", "query: ", "query: "]

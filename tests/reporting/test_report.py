@@ -23,6 +23,7 @@ from jaxembed.reporting.charts import average_points, draw_points
 from jaxembed.reporting.held_out_views import EncodedTexts as Source
 from jaxembed.reporting.held_out_views import compare_pairs, compute_latent_attention, describe_query, project_texts
 from jaxembed.reporting.page import render_page, to_script_json
+from jaxembed.reporting.run_files import read_run_files
 from jaxembed.training.metrics import read_metrics
 
 MAX_BYTES = 6_000_000
@@ -182,15 +183,15 @@ def test_other_results_of_evaluate_are_shown(tmp_path: Path) -> None:
     found = {"difference": 0.125, "interval": [0.02, 0.2], "p": 0.0125, "verdict": "better", "queries": 9}
     unknown = {"difference": None, "no_interval": "mteb gives no results by item"}
     comparison = {
-        "model": "base", "scores": {"A": {"score": 0.375}, "B": {"score": None}}, "mean": found,
-        "differences": {"A": found, "B": unknown}, "conclusion": "own is better than base.",
+        "model": "/home/me/base", "scores": {"A": {"score": 0.375}, "B": {"score": None}}, "mean": found,
+        "differences": {"A": found, "B": unknown}, "conclusion": "/home/me/own is better than /home/me/base on A.",
     }  # fmt: skip
     (folder / "comparison.json").write_text(json.dumps(comparison))
     (folder / "leaks.json").write_text(json.dumps({"A": {"texts": 1200, "exact": 3, "ngram": 40}}))
     result = write_report(folder, tmp_path / "out.html")
     assert result["sections"] == ["summary", "benchmark", "comparison", "leaks"]
     page = read_page(tmp_path / "out.html")
-    assert "own is better than base." in page.texts
+    assert "own is better than base on A." in page.texts and "/home/me" not in (tmp_path / "out.html").read_text()
     assert page.rows("BM25")[1:9] == ["Retrieval (1)", "mean", "50.00", "37.50", "A", "ndcg_at_10", "50.00", "37.50"]
     assert page.rows("All (2)")[1:4] == ["mean", "37.50", "–"]
     cells = page.rows("Paired bootstrap over the items of each task. Scores × 100.")
@@ -208,6 +209,9 @@ def test_scores_in_a_run_directory_are_those_of_the_run(run: Path, tmp_path: Pat
         result = write_report(*inputs, tmp_path / "out.html", "--no-model")
         assert (result["models"], "benchmark" in result["sections"]) == (["own"], True)
     assert write_report(folder, tmp_path / "out.html")["models"] == ["own"]
+    for model, is_own in (("organization/other", False), (str(tmp_path), False), (str(tmp_path / "moved"), True)):
+        (folder / "model.json").write_text(json.dumps({"model": model}))
+        assert (read_run_files(tmp_path / "own").benchmark is not None) == is_own
 
 
 def test_runs_with_the_same_name_are_distinguished(run: Path, tmp_path: Path) -> None:
