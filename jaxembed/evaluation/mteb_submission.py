@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 
@@ -32,7 +32,7 @@ from jaxembed.evaluation.mteb_encoder import MtebEncoder, choose_prompts
 from jaxembed.evaluation.mteb_tasks import MtebTask
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import EvaluationTask
-from jaxembed.files import exists, make_output_folder, read_text, write_json, write_text
+from jaxembed.files import exists, expand_home, make_output_folder, read_text, write_json, write_text
 
 if TYPE_CHECKING:
     from jaxembed.hub.base import BaseWithWeights
@@ -42,7 +42,8 @@ log = logging.getLogger("jaxembed")
 MODULE_FILE = "model.py"
 HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
 CARD_RECIPE = re.compile(r"^## Recipe\n\n```yaml\n(.*?)^```", re.MULTILINE | re.DOTALL)  # in the model card of an export
-CARD_LICENSE = re.compile(r"^---\n.*?^license: *(\S+)$.*?^---$", re.MULTILINE | re.DOTALL)
+CARD_FRONT_MATTER = re.compile(r"---\n(.*?)^---\s*?$", re.MULTILINE | re.DOTALL)  # at the start of a model card
+CARD_LICENSE = re.compile(r"^license: *(\S+)", re.MULTILINE)
 SEEN_TASK = re.compile(r"mteb [\d.]+: ([\w.\-]+)")  # in the `seen` of a catalog entry
 MODULE_TEMPLATE = '''"""{name}, trained with jaxembed."""
 
@@ -70,7 +71,7 @@ class ModelFacts:
         n_parameters: Number of parameters.
         n_embedding_parameters: Number of parameters of the token embedding.
         adapted_from: Hub id of the model that training started from; empty if it has none.
-        license: License in the front matter of its README.md; empty if it names none.
+        license: License in the front matter of its README.md; empty if it names none, or one that mteb does not list.
         sources: Sources that it was trained on. None: unknown.
     """
 
@@ -88,7 +89,7 @@ def check_name(name: str | None, model: str) -> str:
     Raises:
         UserError: There is none, or it is not of the form ORGANIZATION/MODEL.
     """
-    if name is None and not exists(Path(model)) and HUB_ID.fullmatch(model):
+    if name is None and not exists(expand_home(model)) and HUB_ID.fullmatch(model):
         return model
     if name is None:
         raise UserError("--submission: the name of the model on the hub is missing. Add --submission-name ORGANIZATION/MODEL.")
@@ -101,9 +102,18 @@ def check_options(args: argparse.Namespace) -> None:
     """Check the options of a submission.
 
     Raises:
-        UserError: The model has no name for the hub, or there is no folder of results or no task of MTEB.
+        UserError: The model has no name for the hub, there is no folder of results or no task of MTEB, or other options score
+            a part of the model, which the submission would not describe.
     """
+    if not args.submission:
+        if args.submission_name:
+            raise UserError("--submission-name: names the model of a submission. Add --submission DIR.")
+        return
     check_name(args.submission_name, args.model)
+    if args.layers is not None:
+        raise UserError("--submission: describes the whole model, not its first layers. Export them, and score that folder.")
+    if args.precision and args.precision[0] != "float32":
+        raise UserError(f"--submission: has scores at float32 (found {args.precision[0]} first). Name float32 first.")
     if not args.out or not (args.tasks or args.benchmark):
         raise UserError("--submission: needs the results of MTEB tasks. Add --out DIR, and --tasks or --benchmark.")
     make_output_folder(Path(args.submission), f"{args.submission}: the folder")
@@ -135,13 +145,13 @@ def read_facts(base: BaseWithWeights, name: str) -> ModelFacts:
     from jaxembed.model.embedder import EmbeddingModel, infer_parameter_shapes
 
     shapes = nn.unbox(infer_parameter_shapes(EmbeddingModel(base.transformer, base.spec)))
-    folder = Path(base.name)
+    folder = expand_home(base.name)
     trained_from = base.trained_from if isinstance(base, RunBase) else ""
     return ModelFacts(
         name=name,
         n_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
         n_embedding_parameters=base.transformer.vocab_size * base.transformer.width,
-        adapted_from=trained_from if HUB_ID.fullmatch(trained_from) and not exists(Path(trained_from)) else "",
+        adapted_from=trained_from if HUB_ID.fullmatch(trained_from) and not exists(expand_home(trained_from)) else "",
         license=read_license(folder),
         sources=read_sources(folder),
     )
@@ -160,10 +170,25 @@ def read_sources(model: Path) -> list[SourceConfig] | None:
 
 
 def read_license(model: Path) -> str:
-    """Return the license in the front matter of a folder's README.md, or an empty string."""
+    """Return the license in the front matter of a folder's README.md, or an empty string.
+
+    A license is a name that mteb lists, or a URL. Any other one is logged, because mteb would refuse it.
+    """
+    import_mteb()
+    from mteb.models.model_meta import Licenses
+
     card = model / "README.md"
-    match = CARD_LICENSE.match(read_text(card)) if exists(card) else None
-    return match[1] if match else ""
+    front_matter = CARD_FRONT_MATTER.match(read_text(card)) if exists(card) else None
+    match = CARD_LICENSE.search(front_matter[1]) if front_matter else None
+    if match is None:
+        return ""
+    name = match[1].strip("\"'")
+    if name.startswith("http"):
+        return name
+    if name.lower() in get_args(Licenses):
+        return name.lower()
+    log.warning("%s: mteb does not list the license %r, so the submission names none", card, name)
+    return ""
 
 
 def find_training_tasks(sources: Iterable[SourceConfig]) -> tuple[list[str], list[str]]:
@@ -208,19 +233,20 @@ def write_submission(folder: Path, facts: ModelFacts, encoder: TaskEncoder, task
     fields = collect_metadata(facts, encoder, training_tasks)
     prompts = list_prompts(encoder, tasks)
     scored_meta = MtebEncoder(encoder, encoder.versions[0]).mteb_model_meta
+    meta = ModelMeta(loader=SentenceTransformerEncoderWrapper, loader_kwargs={"model_prompts": prompts}, **fields)
     submitted_results = folder / "results" / facts.name.replace("/", "__") / str(fields["revision"])
     submitted_results.mkdir(parents=True, exist_ok=True)
     write_text(folder / MODULE_FILE, format_module(fields, prompts, other_sources))
     for task in tasks:
         name = task.metadata.name
         shutil.copyfile(ResultCache(results).get_task_result_path(name, scored_meta), submitted_results / f"{name}.json")
-    meta = ModelMeta(loader=SentenceTransformerEncoderWrapper, loader_kwargs={"model_prompts": prompts}, **fields)
     write_json(submitted_results / "model_meta.json", meta.to_dict())
 
 
 def collect_metadata(facts: ModelFacts, encoder: TaskEncoder, training_tasks: Sequence[str] | None) -> dict[str, Any]:
     """Return the fields of mteb's ModelMeta, except those that load the model."""
-    dims = sorted({encoder.width, *encoder.spec.matryoshka_dims}, reverse=True)
+    width = encoder.versions[0].width or encoder.width  # of the vectors whose results are submitted
+    dims = sorted({width, *(dim for dim in encoder.spec.matryoshka_dims if dim < width)}, reverse=True)
     return {
         "name": facts.name,
         "revision": encoder.results_revision,
@@ -230,7 +256,7 @@ def collect_metadata(facts: ModelFacts, encoder: TaskEncoder, training_tasks: Se
         "n_embedding_parameters": facts.n_embedding_parameters,
         "memory_usage_mb": None,
         "max_tokens": encoder.spec.max_length,
-        "embed_dim": dims if len(dims) > 1 else encoder.width,
+        "embed_dim": dims if len(dims) > 1 else width,
         "license": facts.license or None,
         "open_weights": True,
         "public_training_code": None,

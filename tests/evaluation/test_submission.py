@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -87,15 +88,26 @@ def test_training_data_follow_from_the_sources() -> None:
     tasks, others = find_training_tasks(sources)
     assert {"MSMARCO", "SciFact", "Banking77Classification"} <= set(tasks) and others == ["own"]
     encoder = TaskEncoder(lambda texts, prompt: np.zeros((0, 4)), EmbeddingSpec(), "m", "1", width=4)
+    narrow = dataclasses.replace(encoder, widths=(2,), spec=EmbeddingSpec(matryoshka_dims=(3, 1)))
+    assert collect_metadata(ModelFacts("org/model", 10, 5), narrow, tasks)["embed_dim"] == [2, 1]  # of the submitted results
     facts = ModelFacts("org/model", 10, 5, adapted_from="org/base", license="mit")
     text = format_module(collect_metadata(facts, encoder, tasks), {"STS12": "q: "}, others)
     assert "without a task of MTEB: own." in text and "'MSMARCO'" in text and "license='mit'" in text
 
 
-def test_the_license_is_that_of_the_card(tmp_path: Path) -> None:
+def test_the_license_is_that_of_the_card(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert read_license(tmp_path) == ""
     (tmp_path / "README.md").write_text("---\ntags: [a]\nlicense: apache-2.0\n---\n# Title\n")
     assert read_license(tmp_path) == "apache-2.0"
+    for front_matter, license_ in (
+        ("license: 'MIT'\n", "mit"),
+        ("license: https://a.org/License\n", "https://a.org/License"),
+        ("license: own\n", ""),
+        ("", ""),
+    ):
+        (tmp_path / "README.md").write_text(f"---\ntags: [a]\n{front_matter}---\n# Title\n---\nlicense: gpl-3.0\n---\n")
+        assert read_license(tmp_path) == license_
+    assert "mteb does not list the license 'own'" in caplog.text
 
 
 def test_a_submission_needs_a_name(tmp_path: Path) -> None:
