@@ -23,14 +23,16 @@ from typing import Any
 
 import numpy as np
 
+from jaxembed.config.fields import quote_value
 from jaxembed.data.columns import parse_content
 from jaxembed.data.jsonl import JsonLinesFile
+from jaxembed.data.schema import MAX_ABS_NUMBER
 from jaxembed.errors import UserError
 from jaxembed.evaluation.bootstrap import ScoredItems, score_mean
 from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.retrieval import ndcg, recall
 from jaxembed.evaluation.task_encoder import TaskEncoder
-from jaxembed.evaluation.tasks import GroupMember
+from jaxembed.evaluation.tasks import EvaluationTask, GroupMember
 from jaxembed.files import compute_file_digest, exists, write_json
 
 DATA_SET_NAME = re.compile(r"(qa|long-doc)_([a-z]+)_([a-z]+)")
@@ -56,6 +58,14 @@ def open_tasks(args: argparse.Namespace) -> list[AirBenchTask]:
     """
     results_folder = Path(args.out) / "air-bench" if args.out else None
     return [task for folder in args.air_bench for task in _find_tasks(Path(folder), results_folder)]
+
+
+def omit_results(tasks: Sequence[EvaluationTask]) -> list[EvaluationTask]:
+    """Return the tasks for the model of --compare: its results of the search would replace those of MODEL."""
+    return [
+        dataclasses.replace(task, results_folder=None) if isinstance(task, AirBenchTask) and task.qrels is None else task
+        for task in tasks
+    ]
 
 
 def _find_tasks(folder: Path, results_folder: Path | None) -> list[AirBenchTask]:
@@ -123,7 +133,7 @@ class AirBenchTask:
         """Number of queries and documents."""
         return len(self._queries_by_id) + len(self._documents_by_id)
 
-    @property
+    @cached_property
     def data_digest(self) -> str:
         """SHA-256 of the files. Empty without judgments: the results of the search are written again."""
         if self.qrels is None:
@@ -177,6 +187,8 @@ class AirBenchTask:
         relevance_by_query = _read_qrels(qrels, rows)
         query_rows = [i for i, id_ in enumerate(self._queries_by_id) if id_ in relevance_by_query]
         relevant = [relevance_by_query[id_] for id_ in self._queries_by_id if id_ in relevance_by_query]
+        if not query_rows:
+            raise UserError(f"{qrels}: judges none of the queries in {self.queries}. Use files of the same version.")
         metric = ndcg if METRICS[self._kind].startswith("ndcg") else recall
         return metric(relevant, result.indices[query_rows])
 
@@ -203,11 +215,11 @@ class AirBenchTask:
 
     @cached_property
     def _documents_by_id(self) -> dict[str, str]:
-        return {row["id"]: row["text"] for row in _read_rows(self.corpus, ("id", "text"))}
+        return _read_texts(self.corpus)
 
     @cached_property
     def _queries_by_id(self) -> dict[str, str]:
-        return {row["id"]: row["text"] for row in _read_rows(self.queries, ("id", "text"))}
+        return _read_texts(self.queries)
 
     @property
     def _name_parts(self) -> Sequence[str]:
@@ -229,23 +241,34 @@ class AirBenchTask:
         return self._name_parts[2]
 
 
-def _read_rows(path: Path, fields: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of a JSONL file. Raises `UserError` with file and line if a field is not a string."""
+def _read_texts(path: Path) -> dict[str, str]:
+    """Return the texts of a JSONL file by id. Raises `UserError` if there are none."""
+    texts = {row["id"]: row["text"] for _, row in _read_rows(path, ("id", "text"))}
+    if not texts:
+        raise UserError(f"{path}: has no rows (expected rows of id and text)")
+    return texts
+
+
+def _read_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the place and the content of every row of a JSONL file. Raises `UserError` if a field is not a string."""
     for _, where, content in JsonLinesFile(path).scan():
         row = parse_content(content, where)
         if wrong := next((field for field in fields if not isinstance(row.get(field), str)), None):
             raise UserError(f'{where}: no string field "{wrong}" (expected {", ".join(fields)})')
-        yield row
+        yield where, row
 
 
 def _read_qrels(qrels: Path, rows: Mapping[str, int]) -> dict[str, dict[int, float]]:
     """Return the relevance of each query's relevant documents, by corpus row. Documents that are absent have negative rows."""
     relevant: dict[str, dict[int, float]] = {}
     num_absent = 0
-    for row in _read_rows(qrels, ("qid", "docid")):
-        if (grade := float(row.get("relevance", 1))) > 0:
+    for where, row in _read_rows(qrels, ("qid", "docid")):
+        grade = row.get("relevance", 1)
+        if not isinstance(grade, int | float) or not abs(grade) < MAX_ABS_NUMBER:
+            raise UserError(f"{where}: the relevance is {quote_value(grade)} (expected a number)")
+        if grade > 0:
             num_absent += row["docid"] not in rows
-            relevant.setdefault(row["qid"], {})[rows.get(row["docid"], -num_absent)] = grade
+            relevant.setdefault(row["qid"], {})[rows.get(row["docid"], -num_absent)] = float(grade)
     if not relevant:
         raise UserError(f"{qrels}: no query has a relevant document (expected a relevance above 0)")
     return relevant

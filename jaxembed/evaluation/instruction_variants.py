@@ -15,6 +15,7 @@ import numpy as np
 from jaxembed.config.instructions import InstructionTable
 from jaxembed.config.sections import read_tree
 from jaxembed.errors import UserError, suggest
+from jaxembed.evaluation.air_bench import AirBenchTask
 from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import EvaluationTask, GroupMember
@@ -63,7 +64,17 @@ def add_variants(tasks: Sequence[EvaluationTask], path: str) -> list[EvaluationT
         raise UserError(
             f"{path}: {unknown} is not a task of this command (tasks: {', '.join(names)}).{suggest(unknown, names)}"
         )
-    return [VariantTask(task, task_variants[task.name]) if task.name in task_variants else task for task in tasks]
+    return [
+        _add_variants_to_task(task, task_variants[task.name], path) if task.name in task_variants else task for task in tasks
+    ]
+
+
+def _add_variants_to_task(task: EvaluationTask, variants: Variants, path: str) -> EvaluationTask:
+    """Return a task with its variants, or the task itself if it has no judgments, because it writes one file of results."""
+    if isinstance(task, AirBenchTask) and task.qrels is None:
+        log.warning("%s: %s has no judgments, so it is scored under no other instructions", path, task.name)
+        return task
+    return VariantTask(task, variants)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +134,10 @@ class VariantTask:
         chosen_score, chosen_prompts = summary["score"], encoder.prompts
         entries = [{"kind": CHOSEN_KIND, "instruction": summary["instruction"], "score": chosen_score, "difference": 0.0}]
         for kind, instruction in self._list_instructions():
-            encoder.use_instructions(InstructionTable(by_task={self.name: instruction}), "the instruction variants")
+            # The documents of a symmetric task have the instruction of its queries, also the other ones.
+            symmetric = (self.name,) if chosen_prompts.is_symmetric(self.name, self.type) else ()
+            table = InstructionTable(by_task={self.name: instruction}, symmetric=symmetric)
+            encoder.use_instructions(table, "the instruction variants")
             try:
                 score = self.task.score(encoder)["score"]
             finally:

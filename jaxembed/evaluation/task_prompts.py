@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator
 
@@ -74,6 +75,11 @@ class PromptChooser:
                 self.spec.extract_instruction(stored_prompt), stored_prompt, self._document_prompt, "the stored prompts"
             )
         return TaskPrompts(default, self.spec.build_prompt(default), self._document_prompt, "mteb")
+
+    def is_symmetric(self, task_name: str, task_type: str) -> bool:
+        """Return whether a table gives the documents of a task the instruction of its queries too."""
+        tables = (table for _, table in self._list_tables() if table.find_instruction(task_name, task_type) is not None)
+        return any(table.is_symmetric(task_name, task_type) for table in itertools.islice(tables, 1))
 
     def compute_digest(self) -> str:
         """Return a digest of the tables, on which scores depend; empty without tables."""

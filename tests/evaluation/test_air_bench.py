@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.data.jsonl import write_jsonl
 from jaxembed.errors import UserError
-from jaxembed.evaluation.air_bench import open_tasks
+from jaxembed.evaluation.air_bench import omit_results, open_tasks
+from jaxembed.evaluation.instruction_variants import VariantTask, add_variants
 from jaxembed.evaluation.score_table import build_tables
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import score_tasks
@@ -59,7 +61,7 @@ def test_each_kind_has_its_metric_and_its_table(tmp_path: Path) -> None:
     assert titles["AIR-Bench long documents"].rows["mine"] == pytest.approx([75, 75])
 
 
-def test_splits_without_judgments_are_written_for_the_leaderboard(tmp_path: Path) -> None:
+def test_splits_without_judgments_are_written_for_the_leaderboard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_data_set(tmp_path / "data", "qa_law_en", ["dev", "test"])
     tasks = open_tasks(Namespace(air_bench=[str(tmp_path / "data")], out=str(tmp_path)))
     encoder = make_encoder()
@@ -71,6 +73,17 @@ def test_splits_without_judgments_are_written_for_the_leaderboard(tmp_path: Path
     found = written["search_results"]["q2"]
     assert len(found) == 20 and max(found, key=found.__getitem__) == "d2"
     assert len(build_tables("mine", tasks, scores)[0].columns) == 1
+    # The model of --compare may have the same name, so it writes no file.
+    assert omit_results(tasks)[0] is tasks[0]
+    paths = [*(tmp_path / "air-bench").rglob("*.json")]
+    paths[0].unlink()
+    score_tasks(make_encoder(), omit_results(tasks))
+    assert len(paths) == 1 and not paths[0].exists()
+    # Results under another instruction would replace the file.
+    (tmp_path / "variants.yaml").write_text(yaml.safe_dump({task.name: ["other"] for task in tasks}))
+    with_variants = add_variants(tasks, str(tmp_path / "variants.yaml"))
+    assert isinstance(with_variants[0], VariantTask) and with_variants[1] is tasks[1]
+    assert f"{tasks[1].name} has no judgments, so it is scored under no other instructions" in caplog.text
 
 
 def test_bad_folders_are_one_line(tmp_path: Path) -> None:
@@ -83,3 +96,29 @@ def test_bad_folders_are_one_line(tmp_path: Path) -> None:
     [task] = open_tasks(Namespace(air_bench=[str(tmp_path)], out=str(tmp_path)))
     with pytest.raises(UserError, match=r'test_queries\.jsonl:1: no string field "id" \(expected id, text\)'):
         score_tasks(make_encoder(), [task])
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "message"),
+    [
+        ("qrels-qa_law_en-dev/{}/dev_qrels.jsonl", [{"qid": "q0", "docid": "d0", "relevance": None}], "relevance is null"),
+        ("qrels-qa_law_en-dev/{}/dev_qrels.jsonl", [{"qid": "q0", "docid": "d0", "relevance": "high"}], "relevance is 'high'"),
+        ("qrels-qa_law_en-dev/{}/dev_qrels.jsonl", [{"qid": "x", "docid": "d0"}], "judges none of the queries in"),
+        ("qa_law_en/{}/corpus.jsonl", [], r"corpus\.jsonl: has no rows"),
+        ("qa_law_en/{}/dev_queries.jsonl", [], r"dev_queries\.jsonl: has no rows"),
+    ],
+)
+def test_bad_rows_are_one_line(tmp_path: Path, name: str, rows: Sequence[dict[str, object]], message: str) -> None:
+    write_data_set(tmp_path, "qa_law_en", ["dev"])
+    write_jsonl(tmp_path / name.format(f"{VERSION}/default"), rows)
+    [task] = open_tasks(Namespace(air_bench=[str(tmp_path)], out=None))
+    with pytest.raises(UserError, match=message):
+        score_tasks(make_encoder(), [task])
+
+
+def test_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_data_set(tmp_path, "qa_law_en", ["dev"])
+    [task] = open_tasks(Namespace(air_bench=[str(tmp_path)], out=None))
+    digest = task.data_digest
+    monkeypatch.setattr("jaxembed.evaluation.air_bench.compute_file_digest", lambda path: pytest.fail("hashed again"))
+    assert task.data_digest == digest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from helpers.held_out import encode_words, make_scored_pairs, write_beir, write_rows
 from jaxembed import evaluate
+from jaxembed.config.instructions import InstructionTable
 from jaxembed.config.spec import EmbeddingSpec
 from jaxembed.errors import UserError
 from jaxembed.evaluation.instruction_variants import add_variants
@@ -81,6 +83,22 @@ def test_tasks_of_mteb_have_variants_too(tmp_path: Path) -> None:
                                                 make_encoder().spec, "x", "1"))  # fmt: skip
         usual, other, missing = (v["score"] for v in found["instruction_variants"]["variants"][1:])
         assert usual > missing > other
+
+
+def test_documents_of_a_symmetric_task_have_the_other_instructions_too(tmp_path: Path) -> None:
+    write_beir(tmp_path / "bank", count=8)
+    tasks = open_tasks(evaluate.make_parser().parse_args(["x", "--beir", str(tmp_path / "bank")]))
+    [task] = add_variants(tasks, write_variants(tmp_path, {"bank": ["alike"]}))
+    prompts: list[str] = []
+
+    def encode_and_record(texts: Sequence[str], prompt: str) -> np.ndarray:
+        prompts.append(prompt)
+        return encode(texts, prompt)
+
+    encoder = dataclasses.replace(make_encoder(), encode_with_prompt=encode_and_record)
+    encoder.use_instructions(InstructionTable(by_task={"bank": "usual"}, symmetric=("bank",)), "own.yaml")
+    task.score(encoder)
+    assert prompts == ["Do: usual\n"] * 2 + ["Do: alike\n"] * 2 + [""] * 2
 
 
 def test_mistakes_in_the_file_are_one_line(tmp_path: Path) -> None:
