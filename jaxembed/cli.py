@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib.util
 import logging
+import math
 import os
 import signal
 import sys
@@ -248,6 +249,21 @@ def integer_from(minimum: int, maximum: int | None = None) -> Callable[[str], in
         return value
 
     return integer
+
+
+def number_from(minimum: float) -> Callable[[str], float]:
+    """Return a parser of finite numbers from `minimum`, for `argparse`."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not minimum <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is out of range (finite, at least {minimum:g})")
+        return value
+
+    return number
 
 
 def number_up_to(maximum: float) -> Callable[[str], float]:

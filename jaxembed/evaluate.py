@@ -88,7 +88,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--submission-name", metavar="ORG/MODEL", help="name of the model on the hub (default: MODEL)")
     parser.add_argument(
         "--vector-memory",
-        type=float,
+        type=cli.number_from(0),
         default=DEFAULT_MEMORY_GIB,
         metavar="GIB",
         help="memory for the vectors of a task in GiB; more vectors go to disk (default: %(default)s)",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxembed.errors import UserError
-from jaxembed.evaluation.task_encoder import TaskEncoder, check_widths
+from jaxembed.evaluation.task_encoder import TaskEncoder, check_widths, name_model
+from jaxembed.files import expand_home
 from jaxembed.search.precision import Precision, find_ranges, needs_ranges, read_ranges
 
 if TYPE_CHECKING:
@@ -61,9 +61,11 @@ def load_encoder(
                 "--backend sentence-transformers: --layers and --adapter apply to the JAX model only. Export the model with "
                 "these options, and score that folder."
             )
+        if options.get("fsdp", 1) != 1:
+            raise UserError("--backend sentence-transformers: --fsdp applies to the JAX model only. Omit it.")
         from jaxembed.evaluation.torch_encoder import load_torch_encoder
 
-        encoder = load_torch_encoder(Path(model), max_length)
+        encoder = load_torch_encoder(expand_home(model), max_length)
     else:
         encoder = _load_jax_encoder(model, checkpoint, max_length, **options)
     encoder.width, encoder.widths = width, chosen_widths
@@ -83,7 +85,7 @@ def _load_jax_encoder(model: str, checkpoint: str, max_length: int | None, fsdp:
         return embedder.encode(texts, prompt=prompt)
 
     revision = f"{embedder.revision}-{compute_model_digest(embedder)}"
-    return TaskEncoder(encode, embedder.spec, Path(model).name, revision)
+    return TaskEncoder(encode, embedder.spec, name_model(expand_home(model)), revision)
 
 
 def set_precisions(encoder: TaskEncoder, model: str, precisions: Sequence[Precision], ranges: str | None) -> None:
@@ -112,6 +114,6 @@ def check_compared_model(model: str, backend: str, widths: Sequence[int], max_le
     if backend == "sentence-transformers":
         from jaxembed.hub.torch_model import check_is_sentence_transformer
 
-        check_is_sentence_transformer(Path(model))
+        check_is_sentence_transformer(expand_home(model))
     find_base_with_weights(model)  # also rejects a run with several adapters: no option selects one here
     choose_widths(model, "best", widths, max_length)

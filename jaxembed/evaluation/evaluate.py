@@ -16,15 +16,23 @@ from jaxembed.config.instructions import InstructionTable, read_instruction_tabl
 from jaxembed.devices import processes
 from jaxembed.evaluation import air_bench, mteb_submission, mteb_tasks, user_data
 from jaxembed.evaluation.comparison import COMPARISON_FILE, ItemScores, compare_tasks
-from jaxembed.evaluation.encoders import check_compared_model, load_encoder, set_precisions
+from jaxembed.evaluation.encoders import check_compared_model, choose_widths, load_encoder, set_precisions
 from jaxembed.evaluation.instruction_variants import add_variants
-from jaxembed.evaluation.leaks import check_leaks
+from jaxembed.evaluation.leaks import LEAKS_FILE, check_leaks
 from jaxembed.evaluation.score_table import TABLES_FILE, build_tables
 from jaxembed.evaluation.shared_encoding import serve_encoding, share_encoding
 from jaxembed.evaluation.task_encoder import TaskEncoder
-from jaxembed.evaluation.tasks import MODEL_FILE, EvaluationTask, FinishedTasks, check_instructions, check_names, score_tasks
+from jaxembed.evaluation.tasks import (
+    MODEL_FILE,
+    SCORES_FILE,
+    EvaluationTask,
+    FinishedTasks,
+    check_instructions,
+    check_names,
+    score_tasks,
+)
 from jaxembed.evaluation.vector_cache import VectorCache
-from jaxembed.files import exists, lock_folder, make_output_folder, write_json, write_text
+from jaxembed.files import exists, expand_home, lock_folder, make_output_folder, read_json, write_json, write_text
 from jaxembed.search.precision import find_ranges
 
 log = logging.getLogger("jaxembed")
@@ -62,7 +70,9 @@ def _evaluate(args: argparse.Namespace, locks: ExitStack) -> dict[str, Any]:
     if processes.is_first():
         tasks = open_tasks(args, instruction_table)
         if out:
+            choose_widths(args.model, args.checkpoint, args.dim, args.max_length)  # a wrong name leaves the results of others
             locks.enter_context(lock_folder(out, out))
+            begin_results(out, args.model)
         if args.check_leaks is not None:
             result["leaks"] = check_leaks(tasks, args.check_leaks or args.model, args.leak_words, out)
     processes.barrier()  # errors in the tasks are raised before any process loads weights
@@ -70,7 +80,7 @@ def _evaluate(args: argparse.Namespace, locks: ExitStack) -> dict[str, Any]:
     scores = score_model(args, args.model, tasks, instruction_table, items_by_task, is_main=True)
     if items_by_task is not None:  # memory holds one model at a time
         other_items_by_task: dict[str, ItemScores] = {}
-        score_model(args, args.compare, tasks, instruction_table, other_items_by_task, is_main=False)
+        score_model(args, args.compare, air_bench.omit_results(tasks), instruction_table, other_items_by_task, is_main=False)
         if processes.is_first():
             result["comparison"] = compare_tasks(items_by_task, other_items_by_task, (args.model, args.compare))
             if out:
@@ -90,11 +100,21 @@ def open_tasks(args: argparse.Namespace, instruction_table: InstructionTable | N
         check_instructions(instruction_table, args.instructions, tasks)
     if args.instruction_variants:
         tasks = add_variants(tasks, args.instruction_variants)
-    if args.submission:
-        mteb_submission.check_options(args)
+    mteb_submission.check_options(args)
     if args.out:
         make_output_folder(Path(args.out), f"{args.out}: the folder")
     return tasks
+
+
+def begin_results(out: Path, model: str) -> None:
+    """Write the name of MODEL into the folder of its results, after the results of another model are removed."""
+    path = out / MODEL_FILE
+    folder = expand_home(model)
+    content = {"model": str(folder.resolve()) if exists(folder) else model}
+    if exists(path) and read_json(path) != content:
+        for name in (SCORES_FILE, MARKDOWN_FILE, TABLES_FILE, COMPARISON_FILE, LEAKS_FILE):
+            (out / name).unlink(missing_ok=True)
+    write_json(path, content)
 
 
 def score_model(
@@ -125,8 +145,6 @@ def score_model(
         serve_encoding(encoder.encode_with_prompt)
         return {}
     out = Path(args.out) if args.out and is_main else None
-    if out:
-        write_json(out / MODEL_FILE, {"model": str(Path(model).resolve()) if exists(Path(model)) else model})
     if instruction_table:
         encoder.use_instructions(instruction_table, args.instructions)
     encoder.cache = make_cache(encoder, args)

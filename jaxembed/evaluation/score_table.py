@@ -129,14 +129,13 @@ def _read_score(result: Mapping[str, Any], member: GroupMember, version: tuple[s
         member: The group, with the subsets that count in it.
         version: A key of `VERSION_KEYS` and a name under it, such as ("widths", "256"). None: there are no versions.
     """
+    key, name = version or ("", "")
+    version_scores = result.get(key, {})
     parts = [result["subsets"].get(subset) for subset in member.subsets]
-    if version is not None:
-        key, name = version
-        score = result.get(key, {}).get(name)
-    elif parts and len(parts) < len(result["subsets"]):
-        score = _mean(parts)
+    if parts and len(parts) < len(result["subsets"]):  # only the first version has scores of subsets
+        score = _mean(parts) if name == next(iter(version_scores), "") else None
     else:
-        score = result["score"]
+        score = version_scores.get(name) if version else result["score"]
     return None if score is None else 100 * score
 
 

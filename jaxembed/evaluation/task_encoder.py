@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -82,20 +84,6 @@ class TaskEncoder:
         digest = self.prompts.compute_digest()
         return f"{self.revision}-{digest}" if digest else self.revision
 
-    @property
-    def document_prompt(self) -> str:
-        """The complete prompt of documents."""
-        return self.prompts.choose("", "", "").document
-
-    def get_instruction(self, default: str, task_type: str = "") -> str:
-        """Return the instruction of a task that no table lists by name.
-
-        Args:
-            default: The instruction that the task itself names.
-            task_type: Its type in MTEB, such as STS.
-        """
-        return self.prompts.choose("", task_type, default).instruction
-
     def encode(self, texts: Sequence[str], prompt: str) -> np.ndarray:
         """Return unit vectors, float32 [N, D]. Vectors that the cache holds are not computed again.
 
@@ -149,6 +137,11 @@ def truncate_vectors(vectors: np.ndarray, width: int) -> np.ndarray:
         return vectors
     leading_dimensions = np.array(vectors[:, :width], np.float32)
     return leading_dimensions / np.maximum(np.linalg.norm(leading_dimensions, axis=1, keepdims=True), 1e-12)
+
+
+def name_model(model: Path) -> str:
+    """Return the name of a model for tables and files: the last part of its path, even of `.`, or of its hub id."""
+    return Path(os.path.abspath(model)).name
 
 
 def check_widths(widths: Sequence[int], spec: EmbeddingSpec, model_width: int, model: str) -> tuple[int, ...]:

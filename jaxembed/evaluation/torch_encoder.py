@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxembed.evaluation.task_encoder import TaskEncoder
+from jaxembed.evaluation.task_encoder import TaskEncoder, name_model
 from jaxembed.hub.frozen_encoder import hash_folder
 from jaxembed.hub.identity import DIGEST_CHARS
 from jaxembed.hub.resolve import find_base
@@ -29,10 +29,13 @@ def load_torch_encoder(folder: Path, max_length: int | None = None) -> TaskEncod
         spec = spec.replace(max_length=max_length)
 
     def encode(texts: Sequence[str], prompt: str) -> np.ndarray:
-        return encode_torch(model, texts, prompt)
+        suffix = spec.get_suffix(prompt)
+        return encode_torch(model, [text + suffix for text in texts], prompt)
 
     # The digest covers the whole folder, because sentence-transformers may read any of its files.
     revision = f"folder-{hash_folder(folder)[:DIGEST_CHARS]}"
     if max_length is not None:
         revision += f"-{max_length}"
-    return TaskEncoder(encode, spec, f"{folder.name}-torch", revision)
+    if spec.query_suffix:  # earlier versions stored scores without it
+        revision += "-suffix"
+    return TaskEncoder(encode, spec, f"{name_model(folder)}-torch", revision)

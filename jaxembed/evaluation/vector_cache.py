@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxembed.errors import UserError
 from jaxembed.files import atomic_write, exists, make_private_folder
 
 DEFAULT_MEMORY_GIB = 4.0
+CACHE_FILE = re.compile(r"[0-9a-f]{64}\.npy(\.partial)?")  # name of a file of the cache
 
 
 class VectorCache:
@@ -27,7 +29,7 @@ class VectorCache:
         """Create the cache of a run.
 
         Args:
-            folder: Folder of the files. It is removed after every task.
+            folder: Folder of the files. After every task they are removed, and the folder too if it has no other files.
             revision: Identifies everything that the vectors depend on.
             width: Width of the vectors.
             memory_bytes: Maximum bytes of vectors in memory.
@@ -63,7 +65,11 @@ class VectorCache:
     def clear(self) -> None:
         """Drop the vectors of a finished task, and remove its files."""
         self._arrays, self._used_bytes = {}, 0
-        shutil.rmtree(self._folder, ignore_errors=True)
+        with suppress(OSError):  # there is no folder, or it has files of the user
+            for path in self._folder.iterdir():
+                if CACHE_FILE.fullmatch(path.name):
+                    path.unlink()
+            self._folder.rmdir()
 
     def _make_key(self, texts: Sequence[str], prompt: str) -> str:
         """Return the SHA-256 of everything that the vectors depend on."""

@@ -22,6 +22,8 @@ from jaxembed.data.beir import write_beir
 from jaxembed.errors import UserError
 from jaxembed.evaluation import mteb_submission, mteb_tasks
 from jaxembed.evaluation.encoders import load_encoder
+from jaxembed.evaluation.evaluate import begin_results
+from jaxembed.evaluation.task_encoder import name_model
 from jaxembed.hub.card import Card
 from jaxembed.hub.export import export
 from jaxembed.hub.spec_files import write_spec
@@ -142,11 +144,33 @@ def test_two_processes_give_the_scores_of_one(tmp_path: Path) -> None:
     assert "scores" not in other_output  # process 0 alone prints the result
 
 
-def test_options_that_do_not_fit_the_model_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_of_another_model_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = {"model.json", "scores.json", "scores.md", "tables.json", "comparison.json", "leaks.json", "notes.txt"}
+    (tmp_path / "model").mkdir()
+    begin_results(tmp_path, "~/model")
+    assert json.loads((tmp_path / "model.json").read_text()) == {"model": str(tmp_path / "model")}
+    for name in names - {"model.json"}:
+        (tmp_path / name).write_text("")
+    begin_results(tmp_path, str(tmp_path / "model"))
+    assert {path.name for path in tmp_path.iterdir()} == names | {"model"}
+    begin_results(tmp_path, "organization/other")
+    assert {path.name for path in tmp_path.iterdir()} == {"model.json", "notes.txt", "model"}
+
+
+def test_a_folder_is_named_by_its_own_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert name_model(Path(".")) == tmp_path.name and name_model(Path("organization/model")) == "model"
+
+
+def test_options_that_do_not_fit_the_model_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All errors come before the weights are loaded."""
     folder = tiny.write_folder(tmp_path / "base", "qwen3")
     monkeypatch.setattr(Embedder, "load", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "own.yaml").write_text("Tatoeba: x")
+    submission = ["--submission", "x", "--submission-name", "a/b", "--out", "y"]
     for options, line in (
         (["--dim", "64"], r"--dim: 64 is above the width of .+ \(32\)"),
         (["--max-length", "200"], r"--max-length: 200 is above the model's limit \(128 tokens\)"),
@@ -154,9 +178,17 @@ def test_options_that_do_not_fit_the_model_are_one_line(tmp_path: Path, monkeypa
         (["--instructions", "nvembed"], "Did you mean 'nv_embed'"),
         (["--submission", "x", "--out", "y"], "Add --submission-name"),
         (["--submission", "x", "--submission-name", "a/b"], "--submission: needs the results of MTEB tasks"),
+        (["--submission-name", "a/b"], r"--submission-name: names the model of a submission\. Add --submission DIR"),
+        ([*submission, "--layers", "1"], "--submission: describes the whole model, not its first layers"),
+        ([*submission, "--precision", "binary", "float32"], r"has scores at float32 \(found binary first\)"),
+        (["--backend", "sentence-transformers", "--fsdp", "4"], "--fsdp applies to the JAX model only"),
     ):
         with pytest.raises(UserError, match=line):
             run(str(folder), *options)
+    for number in ("inf", "nan", "-1"):
+        with pytest.raises(SystemExit):
+            evaluate.make_parser().parse_args([str(folder), "--vector-memory", number])
+        assert f"{number} is out of range (finite, at least 0)" in capsys.readouterr().err
     with pytest.raises(UserError, match="--languages: applies to tasks of MTEB"):
         evaluate.evaluate(evaluate.make_parser().parse_args([str(folder), "--languages", "eng"]))
 

@@ -194,9 +194,14 @@ def test_cached_scores_belong_to_one_model(tmp_path: Path) -> None:
 
 
 def test_revision_of_the_torch_backend_covers_the_whole_folder(tmp_path: Path) -> None:
-    model = Embedder.load(tiny.write_folder(tmp_path / "base", "qwen3"))
-    export(model, tmp_path / "out", "float32", Card("out", "base"))
-    first = load_encoder(str(tmp_path / "out"), backend="sentence-transformers").revision
+    tiny.write_folder(tmp_path / "base", "qwen3")
+    write_spec(tmp_path / "base", EmbeddingSpec(query_suffix=" Response:", max_length=128))
+    export(Embedder.load(tmp_path / "base"), tmp_path / "out", "float32", Card("out", "base"))
+    torch_encoder = load_encoder(str(tmp_path / "out"), backend="sentence-transformers")
+    texts, prompt = ["a question"], "Do: find it\n"  # queries have a suffix
+    expected = load_encoder(str(tmp_path / "out")).encode_with_prompt(texts, prompt)
+    np.testing.assert_allclose(torch_encoder.encode_with_prompt(texts, prompt), expected, atol=1e-4)
+    first = torch_encoder.revision
     pooling = tmp_path / "out" / "1_Pooling" / "config.json"
     pooling.write_text(pooling.read_text().replace('"include_prompt": true', '"include_prompt": false'))
     assert load_encoder(str(tmp_path / "out"), backend="sentence-transformers").revision != first

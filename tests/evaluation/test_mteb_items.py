@@ -159,6 +159,8 @@ def test_stored_predictions_are_used_again(tmp_path: Path) -> None:
 
 
 def test_texts_of_tasks_are_listed() -> None:
+    from mteb import mocks
+
     tasks = {kind: MtebTask(task) for kind, task in make_tasks().items()}
     counts = {kind: [(role, len(texts)) for role, texts in task.list_texts()] for kind, task in tasks.items()}
     assert counts == {
@@ -171,5 +173,10 @@ def test_texts_of_tasks_are_listed() -> None:
         "BitextMining": [("texts", 60)] * 4,
         "Summarization": [("texts", 60), ("texts", 60), ("texts", 240)],
     }
+    labeled = mocks.MockClassificationTask()
+    labeled.label_column_name = "intent"
+    rows = [{"text": "a text", "label": 0, "label_text": "a name", "intent": "an intent"}]
+    task = MtebTask(with_data(labeled, DatasetDict({"test": Dataset.from_list(rows)})))
+    assert list(task.list_texts()) == [("texts", ["a text"])]
     (_, queries), (_, documents), *_ = tasks["Retrieval"].list_texts()
     assert documents[0].startswith(queries[0]) and set(documents[0].split()) <= set(WORDS)

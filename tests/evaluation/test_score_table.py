@@ -97,3 +97,8 @@ def test_languages_and_benchmarks_have_their_own_tables_and_an_overview() -> Non
     assert english.rows["mine"] == [80, 80] and french.rows["mine"] == [40, 20, 30]
     assert overview.title == "all benchmarks" and overview.rows["mine"] == [80, 30, 55]
     assert overview.rows["bge-m3 (Dense)"] == [59.57, 58.79, 59.95]
+    # Subsets have scores of the first version only.
+    scores["sts"] |= {"widths": {"64": 0.5, "8": 0.4}, "precisions": {"int8": 0.5, "binary": 0.3}}
+    english, *_ = build_tables("mine", tasks, scores)
+    names = ("64", "8", "int8", "binary")
+    assert [english.rows[f"mine, {name}"] for name in names] == [[80, 80], [None, None], [80, 80], [None, None]]

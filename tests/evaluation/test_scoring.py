@@ -175,6 +175,10 @@ def test_vectors_beyond_the_memory_limit_are_on_disk_and_survive_a_kill(tmp_path
     ):
         np.testing.assert_array_equal(other, vectors)
     assert len(list((tmp_path / "vectors").glob("*.npy"))) == 3  # another model, another prompt
+    (tmp_path / "vectors" / "docs.npy").write_text("a file of the user")
+    again.clear()
+    assert [path.name for path in (tmp_path / "vectors").iterdir()] == ["docs.npy"]
+    (tmp_path / "vectors" / "docs.npy").unlink()
     again.clear()
     assert not (tmp_path / "vectors").exists()
 
