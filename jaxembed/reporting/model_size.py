@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax
 
 from jaxembed.errors import UserError
-from jaxembed.files import exists
+from jaxembed.files import exists, expand_home
 from jaxembed.formats.run_files import BASE_RECORD_FILE
 from jaxembed.hub.base import Base
 from jaxembed.hub.resolve import find_base, find_run
@@ -45,10 +44,11 @@ class ModelSize:
 
 def read_model_size(path: str) -> ModelSize | None:
     """Return the size of the model in a run directory or folder, or None if there is no such model here."""
-    if not path or not exists(Path(path)):
+    folder = expand_home(path)
+    if not path or not exists(folder):
         return None
     try:
-        base: Base = find_run(path, Path(path), "last") if exists(Path(path) / BASE_RECORD_FILE) else find_base(path)
+        base: Base = find_run(path, folder, "last") if exists(folder / BASE_RECORD_FILE) else find_base(path)
     except UserError:  # scores may outlive their model
         return None
     model = EmbeddingModel(base.transformer, base.spec, ComputeOptions())

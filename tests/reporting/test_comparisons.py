@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ from jaxembed.evaluation.heldout import ClusteringSet, RetrievalSet, SimilarityS
 from jaxembed.evaluation.score_table import build_tables
 from jaxembed.evaluation.tasks import GroupMember
 from jaxembed.files import write_json
-from jaxembed.report import format_command, make_parser
 from jaxembed.reporting.held_out_views import view_set
 from jaxembed.reporting.inputs import ReportedModel
 from jaxembed.reporting.run_files import read_run_files
@@ -83,12 +81,6 @@ def test_the_number_of_a_repeated_objective_is_no_width() -> None:
         row = {"step": 1, "loss": 2.0, "infonce": 1.0, "infonce_2": 1.0, **{f"infonce_{dim}": 1.0 for dim in dims}}
         run: Any = SimpleNamespace(name="run", config=SimpleNamespace(stages=[stage]), losses=[row])
         assert make_training_section([run]).charts[0].note == note
-
-
-def test_the_command_on_the_page_has_all_options() -> None:
-    for options in ([], ["--no-model", "--checkpoint", "last", "--fsdp", "2", "--baseline", "own"]):
-        args = make_parser().parse_args(["run", "/home/me/out.html", *options])
-        assert format_command(args) == shlex.join(["python", "-m", "jaxembed.report", "run", "out.html", *options])
 
 
 def test_texts_of_held_out_sets_have_the_prompts_of_training_evaluation() -> None:

@@ -237,7 +237,9 @@ def test_scores_of_a_run_belong_to_it_and_its_size_is_shown(run: Path, tmp_path:
     (other / "model.json").write_text(json.dumps({"model": "organization/other"}))
     result = write_report(run, scores, other, tmp_path / "out.html", "--no-model", "--baseline", "other")
     assert result["models"] == ["tiny", "other"]
-    cells = read_page(tmp_path / "out.html").rows("tiny")[1:7]
+    page = read_page(tmp_path / "out.html")
+    assert f"python -m jaxembed.report {run.name} mteb mteb out.html --no-model --baseline other" in page.texts
+    cells = page.rows("tiny")[1:7]
     parameters = sum(x.size for x in jax.tree.leaves(Embedder.load(run).params))
     assert cells[0] == f"{parameters / 1e6:.3f}" and cells[2:] == ["32", "48", "50.00", "+100.0 %"]
 
