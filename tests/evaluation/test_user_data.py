@@ -47,6 +47,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluation, "load_encoder", load_words)
     monkeypatch.setattr(evaluation, "check_compared_model", lambda *_: None)
+    monkeypatch.setattr(evaluation, "choose_widths", lambda *_: (8, ()))
     write_beir(tmp_path / "bank", count=60)
     write_rows(tmp_path / "pairs.jsonl", make_scored_pairs(80))
     write_rows(tmp_path / "topics.jsonl", make_labeled_texts(60, seed=0))
