@@ -50,8 +50,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         log_plain_prompt(args.model, embedder.spec)
     width = embedder.encode([], **options).shape[1]  # checks the options before anything is written
     ranges = read_ranges(ranges_path, width) if ranges_path else None
-    groups = (embedder.encode(texts, **options) for texts in group_texts(read_texts(source, args.field)))
-    groups = iter_checked(groups, source, count)
+    encoded = (embedder.encode(texts, **options) for texts in group_texts(read_texts(source, args.field)))
+    groups = iter_checked(encoded, source, count)
     if documents is not None:
         return write_nearest(out, args, groups, documents, width, ranges)
     quantizer = Quantizer(args.precision, ranges)

@@ -158,9 +158,9 @@ def read_grade(answer: Answer, grades: Sequence[str]) -> float | None:
 def rank_scored(scores: Sequence[Sequence[float]], fusion_k: int) -> list[int]:
     """Return the positions of the candidates that have a score in a ranking, best first. See `fuse_scores`."""
     is_scored = np.array(scores) > -math.inf
-    positions = np.flatnonzero(is_scored.any(axis=0))
+    positions = np.flatnonzero(is_scored.any(axis=0)).tolist()
     rankings = [[ranking[i] for i in positions] for ranking, known in zip(scores, is_scored, strict=True) if known.any()]
-    return [int(positions[i]) for i in fuse_scores(rankings, fusion_k)] if rankings else []
+    return [positions[i] for i in fuse_scores(rankings, fusion_k)] if rankings else []
 
 
 def fuse_scores(scores: Sequence[Sequence[float]], fusion_k: int) -> list[int]:

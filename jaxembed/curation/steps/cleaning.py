@@ -127,7 +127,7 @@ class TextCollector(HTMLParser):
                 pass
         self._add_tag(tag, f"</{tag}>")
 
-    def parse_marked_section(self, i: int, report: int = 1) -> int:
+    def parse_marked_section(self, i: int, report: bool = True) -> int:
         """Return the end of a marked section, such as CDATA. A malformed one is a comment, as in a browser."""
         try:
             return super().parse_marked_section(i, report)

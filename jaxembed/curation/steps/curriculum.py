@@ -60,7 +60,9 @@ def find_difficulty(row: Row, field: str) -> float:
     if field == "scores":
         positives, negatives = row.get("pos_scores"), row.get("neg_scores")
         value = max(negatives) - min(positives) if positives and negatives else None
+    if not isinstance(value, int | float):
+        return math.nan
     try:
-        return float(value) if isinstance(value, int | float) else math.nan
+        return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
