@@ -167,7 +167,7 @@ class TrainingLoop:
                 stats = StepStats()
             self.recorder.advance()
             score = None
-            if evaluate and not is_stopping:
+            if evaluate:  # also before a stop, because the resumed run starts with the next step
                 start_time = time.perf_counter()
                 score = self._get_ranking_score(self._evaluate(state, step)[self.best_metric], step)
                 stats.start_time += time.perf_counter() - start_time  # the rates are those of training

@@ -34,14 +34,17 @@ FULL_ARGUMENTS = {
 def add_fake_command(folder: Path, name: str, code: str = "") -> str:
     """Write a fake command that records its arguments and runs `code`; return a PATH that finds it first."""
     folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"""#!/bin/bash\nprintf '%s\\0' {name} "$@" $'\\n' >>{folder}/calls\n{code}\n""")
+    (folder / name).write_text(f"""#!/bin/bash\nprintf '%s\\0' {name} "$@" $'\\x1e' >>{folder}/calls\n{code}\n""")
     (folder / name).chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
 
 
 def read_calls(folder: Path) -> list[list[str]]:
-    """Return the commands that the fakes recorded. Each writes its record at once, because several may run side by side."""
-    return [record.split("\0")[:-1] for record in (folder / "calls").read_text().split("\n\0")[:-1]]
+    """Return the commands that the fakes recorded.
+
+    Several may run side by side. Bash writes a record at once if it has no line break, so records end otherwise.
+    """
+    return [record.split("\0")[:-1] for record in (folder / "calls").read_text().split("\x1e\0")[:-1]]
 
 
 def test_every_script_is_tested():
