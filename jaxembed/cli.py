@@ -253,29 +253,24 @@ def integer_from(minimum: int, maximum: int | None = None) -> Callable[[str], in
 
 def number_from(minimum: float) -> Callable[[str], float]:
     """Return a parser of finite numbers from `minimum`, for `argparse`."""
-
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not minimum <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range (finite, at least {minimum:g})")
-        return value
-
-    return number
+    return _make_number_parser(lambda value: minimum <= value < math.inf, f"finite, at least {minimum:g}")
 
 
 def number_up_to(maximum: float) -> Callable[[str], float]:
     """Return a parser of numbers above 0 that are at most `maximum`, for `argparse`."""
+    return _make_number_parser(lambda value: 0 < value <= maximum, f"above 0, at most {maximum:g}")
+
+
+def _make_number_parser(is_valid: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """Return a parser of numbers. `expected` says in its error which ones are valid."""
 
     def number(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if not 0 < value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text} is out of range (above 0, at most {maximum:g})")
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f"{text} is out of range ({expected})")
         return value
 
     return number
