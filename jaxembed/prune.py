@@ -26,8 +26,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     out = cli.prepare_new_output(args.out)
     for source in [*(args.vocabulary_from or ()), *(args.activations_from or ())]:
         # A mistyped path is reported before weights are read. A pipe can be read only once.
-        if not is_pipe(source) and next(read_texts(source, args.field), None) is None:
-            raise UserError(f"{source}: has no texts")
+        if not is_pipe(source):
+            next(read_all([source], args.field))
     from transformers.utils import logging
 
     from jaxembed.hub.card import Card

@@ -23,15 +23,15 @@ TRAIN_FILE, HELDOUT_FOLDER = "train.jsonl", "heldout"
 def split_pairs(pairs: str, out: Path, share: float, documents: str = "") -> dict[str, int]:
     """Write OUT/train.jsonl and the BEIR folder OUT/heldout from rows of pairs.
 
-    A row is held out if the hash of its first positive is among the lowest `share` of all hashes, or if it shares a positive
-    with a row that is held out. So rows with a common positive stay together, and rows that are added later only move others
-    that share a positive with them. The corpus has the positives of all rows, and the documents: with their titles if the
-    positives have them, otherwise their texts alone.
+    The hash of the first positive decides: the lowest `share` of all hashes is for evaluation, with all rows that have a
+    positive in common with such a row. So rows with a common positive stay together, and later rows only move rows with which
+    they have one. The corpus has the positives of all rows, and the documents: with their titles if the positives have them,
+    otherwise their texts alone.
 
     Args:
         pairs: File of rows with query and pos.
         out: A new folder.
-        share: Expected share of the positives that are held out, between 0 and 1. It is larger if rows share positives.
+        share: Expected share of the positives for evaluation, between 0 and 1. Rows with common positives raise it.
         documents: File of further documents of the corpus: rows with `text`, and `title` if they have one.
 
     Returns:
@@ -42,7 +42,8 @@ def split_pairs(pairs: str, out: Path, share: float, documents: str = "") -> dic
     """
     rows = _read_rows(pairs, check_pair)
     indices = _find_heldout_rows([row["pos"] for row in rows], share)
-    heldout, train = [rows[i] for i in indices], [row for i, row in enumerate(rows) if i not in indices]
+    heldout = [row for i, row in enumerate(rows) if i in indices]
+    train = [row for i, row in enumerate(rows) if i not in indices]
     if not heldout or not train:
         raise UserError(
             f"{pairs}: {len(train)} rows to train on and {len(heldout)} held out (expected {share:.0%}). Change the percentage."
@@ -79,8 +80,8 @@ def _list_texts(documents: Sequence[Row], positives: Container[str]) -> list[str
     return joined if has_titles else [document["text"] for document in documents]
 
 
-def _find_heldout_rows(positives: Sequence[Sequence[str]], share: float) -> dict[int, None]:
-    """Return the indices of the rows to hold out, in ascending order."""
+def _find_heldout_rows(positives: Sequence[Sequence[str]], share: float) -> set[int]:
+    """Return the indices of the rows to hold out."""
     rows_by_positive: dict[str, list[int]] = {}
     for i, texts in enumerate(positives):
         for text in texts:
@@ -92,4 +93,4 @@ def _find_heldout_rows(positives: Sequence[Sequence[str]], share: float) -> dict
         neighbors = {i for text in positives[pending.pop()] for i in rows_by_positive[text]} - heldout
         heldout |= neighbors
         pending += neighbors
-    return dict.fromkeys(sorted(heldout))
+    return heldout

@@ -41,7 +41,7 @@ class HubDataset:
     def scan(self) -> Iterator[tuple[int, str, Any]]:
         """Yield address, dataset and row number, and content of every row."""
         for address, _, row in self._rows.scan():
-            yield address, f"{self.name}: row {address + 1}", _name_classes(row, self._class_names)
+            yield address, self.locate(address), _name_classes(row, self._class_names)
 
     def read(self, address: int) -> Any:
         """Return the content of the row at an address."""
@@ -188,7 +188,7 @@ class TfDataset:
     def scan(self) -> Iterator[tuple[int, str, Any]]:
         """Yield address, dataset and row number, and content of every row."""
         for address in range(self.address_limit):
-            yield address, f"{self.name}: row {address + 1}", self.read(address)
+            yield address, self.locate(address), self.read(address)
 
     def read(self, address: int) -> Any:
         """Return the content of the row at an address."""

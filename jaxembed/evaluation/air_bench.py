@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -60,12 +60,14 @@ def open_tasks(args: argparse.Namespace) -> list[AirBenchTask]:
     return [task for folder in args.air_bench for task in _find_tasks(Path(folder), results_folder)]
 
 
+def lacks_judgments(task: EvaluationTask) -> TypeGuard[AirBenchTask]:
+    """Return whether a task is a split of AIR-Bench without judgments: its search results are written instead of a score."""
+    return isinstance(task, AirBenchTask) and task.qrels is None
+
+
 def omit_results(tasks: Sequence[EvaluationTask]) -> list[EvaluationTask]:
     """Return the tasks for the model of --compare: its results of the search would replace those of MODEL."""
-    return [
-        dataclasses.replace(task, results_folder=None) if isinstance(task, AirBenchTask) and task.qrels is None else task
-        for task in tasks
-    ]
+    return [dataclasses.replace(task, results_folder=None) if lacks_judgments(task) else task for task in tasks]
 
 
 def _find_tasks(folder: Path, results_folder: Path | None) -> list[AirBenchTask]:

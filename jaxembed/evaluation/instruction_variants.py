@@ -15,7 +15,7 @@ import numpy as np
 from jaxembed.config.instructions import InstructionTable
 from jaxembed.config.sections import read_tree
 from jaxembed.errors import UserError, suggest
-from jaxembed.evaluation.air_bench import AirBenchTask
+from jaxembed.evaluation.air_bench import lacks_judgments
 from jaxembed.evaluation.comparison import ItemScores
 from jaxembed.evaluation.task_encoder import TaskEncoder
 from jaxembed.evaluation.tasks import EvaluationTask, GroupMember
@@ -71,7 +71,7 @@ def add_variants(tasks: Sequence[EvaluationTask], path: str) -> list[EvaluationT
 
 def _add_variants_to_task(task: EvaluationTask, variants: Variants, path: str) -> EvaluationTask:
     """Return a task with its variants, or the task itself if it has no judgments, because it writes one file of results."""
-    if isinstance(task, AirBenchTask) and task.qrels is None:
+    if lacks_judgments(task):
         log.warning("%s: %s has no judgments, so it is scored under no other instructions", path, task.name)
         return task
     return VariantTask(task, variants)

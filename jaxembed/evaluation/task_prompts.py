@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import logging
 from collections.abc import Iterator
 
@@ -78,8 +77,10 @@ class PromptChooser:
 
     def is_symmetric(self, task_name: str, task_type: str) -> bool:
         """Return whether a table gives the documents of a task the instruction of its queries too."""
-        tables = (table for _, table in self._list_tables() if table.find_instruction(task_name, task_type) is not None)
-        return any(table.is_symmetric(task_name, task_type) for table in itertools.islice(tables, 1))
+        for _, table in self._list_tables():
+            if table.find_instruction(task_name, task_type) is not None:
+                return table.is_symmetric(task_name, task_type)
+        return False
 
     def compute_digest(self) -> str:
         """Return a digest of the tables, on which scores depend; empty without tables."""

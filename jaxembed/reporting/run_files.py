@@ -157,7 +157,7 @@ def _find_benchmark(folder: Path) -> ScoreFile | None:
 
 def _is_other_model(model: str, run_dir: Path) -> bool:
     """Return whether a model is not that of a run: a path outside of it, or a hub id. A path may be missing in a moved run."""
+    if not model:
+        return False
     path = expand_home(model)
-    if exists(path):
-        return bool(model) and not path.resolve().is_relative_to(run_dir.resolve())
-    return is_hub_id(model)
+    return not path.resolve().is_relative_to(run_dir.resolve()) if exists(path) else is_hub_id(model)

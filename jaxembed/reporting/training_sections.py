@@ -111,7 +111,7 @@ def _describe_loss_parts(runs: Sequence[RunFiles]) -> str:
     """Return the note that explains the parts of the loss with a width or an exit."""
     keys = {key for run in runs for key in _list_loss_parts(run)}
     notes = []
-    if any(_find_width(key) for key in keys):
+    if any(map(_has_width, keys)):
         notes.append("A part with a width is the loss of vectors truncated to that width (Matryoshka).")
     if any(key.startswith(EXIT_PREFIX) for key in keys):
         notes.append("A part of an exit is the loss of the model truncated to its first layers.")
@@ -150,14 +150,13 @@ def describe_part(key: str) -> str:
     label, _, width = key.rpartition("_")
     if f"{label}_" == EXIT_PREFIX:
         return f"exit after {width} layers" if width.isdecimal() else f"exits, {width}"
-    return f"{label}, width {width}" if _find_width(key) else key
+    return f"{label}, width {width}" if _has_width(key) else key
 
 
-def _find_width(key: str) -> int | None:
-    """Return the width in the key of a part of the loss. A number up to 9 is that of a repeated objective instead."""
+def _has_width(key: str) -> bool:
+    """Return whether the key of a part of the loss ends with a width. A number up to 9 is that of a repeated objective."""
     label, _, number = key.rpartition("_")
-    is_width = label and number.isdecimal() and int(number) > 9 and not key.startswith(EXIT_PREFIX)
-    return int(number) if is_width else None
+    return bool(label) and number.isdecimal() and int(number) > 9 and not key.startswith(EXIT_PREFIX)
 
 
 def make_held_out_section(runs: Sequence[RunFiles]) -> ReportSection:
